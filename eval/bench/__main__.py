@@ -1,0 +1,72 @@
+"""``python -m uncomp.eval.bench NAME``: run a benchmark, print its table, write its rows.
+
+cpu     throughput, memory and overhead on the CPU engine (about ten minutes)
+needle  exact match of every policy on one needle in real text (about ten minutes)
+gpu     kernels and engine on a GPU; has options of its own: gpu --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from uncomp.eval.bench import cpu, needle, rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0 when every bar is reached, 1 when one is missed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu"]:
+        from uncomp.eval.bench import gpu
+
+        return gpu.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m uncomp.eval.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bench", choices=["cpu", "needle", "gpu"])
+    parser.add_argument("--model", help="checkpoint or hub name (default: the demo model)")
+    parser.add_argument("--tokens", type=int, help="prompt length")
+    parser.add_argument("--requests", type=int, help="batch size, or samples of needle")
+    parser.add_argument("--output", type=int, default=cpu.Setting.output)
+    parser.add_argument("--keep", type=float, default=cpu.Setting.keep)
+    parser.add_argument("--policy", default=cpu.Setting.policy)
+    parser.add_argument("--threads", default=cpu.Setting.threads, help="cores, e.g. 0-1")
+    parser.add_argument("--name", help="of the rows' file (default: the benchmark's)")
+    parser.add_argument("--dry", action="store_true", help="print only, write no rows")
+    given = parser.parse_args(arguments)
+    if given.bench == "gpu":
+        parser.error("gpu has options of its own and comes first")
+    model = given.model
+    if model is None:
+        from uncomp.demo_model import demo_model_path
+
+        model = str(demo_model_path())
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if given.bench == "cpu":
+        setting = cpu.Setting(
+            model,
+            given.requests or cpu.Setting.requests,
+            given.tokens or cpu.Setting.tokens,
+            given.output,
+            given.keep,
+            given.policy,
+            threads=given.threads,
+        )
+        found = cpu.bench(setting, say)
+    else:
+        samples = given.requests or needle.Setting.samples
+        tokens = given.tokens or needle.Setting.tokens
+        found = needle.bench(needle.Setting(model, samples, tokens), say)
+    print(rows.table(found))
+    if not given.dry:
+        say(f"rows written to {rows.write(found, given.name or given.bench)}")
+    return 1 if rows.missed(found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

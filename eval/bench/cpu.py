@@ -1,0 +1,209 @@
+"""Speed and memory of the CPU path: what compression brings, and what it costs.
+
+Four comparisons, each with both sides on the same machine in one run:
+
+1. decode throughput of 8 long requests: compressed, uncompressed in the same pool, and 8 prompts as
+   short as the kept part on stock vLLM (what no compression can beat);
+2. scoring and moving against prefill time;
+3. requests running at once in a pool that holds two full ones;
+4. stock vLLM against uncomp installed but not asked for, and against requests that opt out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from uncomp.eval.bench.engines import run_arm
+from uncomp.eval.bench.rows import Row, judge
+
+NAME = "cpu"
+OFF = {"kv_compress": False}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to run.
+
+    Attributes:
+        model: checkpoint folder or hub name.
+        requests, tokens, output: batch size, prompt length, generated tokens.
+        keep: keep ratio.
+        block_size: of every engine, so that all use the same kernels.
+        repeat: runs per arm of the off-means-off comparison.
+        threads: cores given to the engine, vLLM's ``VLLM_CPU_OMP_THREADS_BIND`` syntax.
+    """
+
+    model: str
+    requests: int = 8
+    tokens: int = 6000
+    output: int = 128
+    keep: float = 0.05
+    policy: str = "entropy"
+    block_size: int = 32
+    repeat: int = 5
+    threads: str = "0-1"
+
+    @property
+    def per_request_blocks(self) -> int:
+        return math.ceil((self.tokens + self.output) / self.block_size)
+
+    def arm(
+        self, blocks: int, runs: list[dict[str, Any]], uncomp: bool, **env: str
+    ) -> dict[str, Any]:
+        """An engine with a pool of ``blocks``; with or without compression."""
+        cores = len(self.threads.split("-"))
+        engine: dict[str, Any] = {
+            "max_model_len": self.tokens + self.output + self.block_size,
+            "max_num_seqs": 2 * self.requests,
+            "max_num_batched_tokens": 2048,
+            "block_size": self.block_size,
+            "num_gpu_blocks_override": blocks + 1,  # one is vLLM's null block
+            "kv_cache_memory_bytes": 4 << 30,  # only checked; the line above sets the pool
+        }
+        if uncomp:
+            engine["additional_config"] = {"uncomp": {"keep": self.keep, "policy": self.policy}}
+        threads = {"VLLM_CPU_OMP_THREADS_BIND": self.threads, "OMP_NUM_THREADS": str(cores)}
+        return {"model": self.model, "engine": engine, "env": {**threads, **env}, "runs": runs}
+
+
+def bench(setting: Setting, say: Callable[[str], None]) -> list[Row]:
+    """Run all comparisons; ``say`` reports progress."""
+    rows: list[Row] = []
+    short = max(1, round(setting.keep * setting.tokens))
+    say("1/4 eight long requests, compressed and not, in the same pool")
+    long_arm = _long(setting)
+    say("2/4 the same in a pool that holds two full requests")
+    tight = _tight(setting)
+    say(f"3/4 stock vLLM on prompts of {short} tokens, plugins not loaded")
+    arms = {"stock": _short(setting, short, False, VLLM_PLUGINS="")}
+    say("4/4 installed but not asked for; on, requests opting out; stock again")
+    arms["installed, not asked for"] = _short(setting, short, False)
+    arms["on, requests opt out"] = _short(setting, short, True)
+    arms["stock again"] = _short(setting, short, False, VLLM_PLUGINS="")
+    rows += _decode_rows(setting, long_arm, arms["stock"] + arms["stock again"], short)
+    rows += _cost_rows(setting, long_arm)
+    rows += _pool_rows(setting, tight)
+    rows += _off_rows(setting, arms, short)
+    return rows
+
+
+def _request(setting: Setting, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "count": setting.requests,
+        "length": setting.tokens,
+        "max_tokens": setting.output,
+        **changes,
+    }
+
+
+def _long(setting: Setting) -> dict[str, Any]:
+    blocks = setting.requests * setting.per_request_blocks + 16
+    runs = [
+        _request(setting, "compressed"),
+        # Hits the prefix cache for most of the prompt: only its decoding is compared.
+        _request(setting, "full", extra_args=OFF),
+    ]
+    return run_arm(setting.arm(blocks, runs, uncomp=True))
+
+
+def _tight(setting: Setting) -> dict[str, Any]:
+    blocks = 2 * setting.per_request_blocks
+    compressed = run_arm(setting.arm(blocks, [_request(setting, "compressed")], uncomp=True))
+    full = run_arm(setting.arm(blocks, [_request(setting, "full", extra_args=OFF)], uncomp=True))
+    return {"compressed": compressed["compressed"][0], "full": full["full"][0]}
+
+
+def _short(setting: Setting, length: int, uncomp: bool, **env: str) -> list[float]:
+    run = _request(setting, "short", length=length, repeat=setting.repeat)
+    run["extra_args"] = OFF if uncomp else None
+    blocks = setting.requests * math.ceil((length + setting.output) / setting.block_size) + 16
+    arm = setting.arm(blocks, [run], uncomp, **env)
+    arm["engine"]["max_model_len"] = length + setting.output + setting.block_size
+    return [repeat["decode_rate"] for repeat in run_arm(arm)["short"]]
+
+
+def _decode_rows(
+    setting: Setting, arm: dict[str, Any], stock: list[float], short: int
+) -> list[Row]:
+    rate = arm["compressed"][0]["decode_rate"]
+    full = arm["full"][0]["decode_rate"]
+    bound = statistics.median(stock)
+    what = f"{setting.requests} x {setting.tokens} tokens"
+    return [
+        _row(f"{what}, keep {setting.keep}", "decode throughput", "tokens/s", [rate]),
+        _row(f"{what}, full KV, same pool", "decode throughput", "tokens/s", [full]),
+        _row(f"{setting.requests} x {short} tokens, stock", "decode throughput", "tokens/s", stock),
+        _row(f"keep {setting.keep} over full KV", "decode speed-up", "x", [rate / full], least=2.2),
+        _row(
+            f"keep {setting.keep} over stock on {short} tokens",
+            "share of the physical limit",
+            "",
+            [rate / bound],
+            least=0.85,
+        ),
+    ]
+
+
+def _cost_rows(setting: Setting, arm: dict[str, Any]) -> list[Row]:
+    run = arm["compressed"][0]
+    counters = run["counters"]
+    spent = counters["score_seconds"] + counters["move_seconds"]
+    what = f"{setting.requests} x {setting.tokens} tokens, keep {setting.keep}"
+    kept = counters["tokens_kept"] / counters["tokens_seen"]
+    return [
+        _row(what, "prefill", "s", [run["prefill_seconds"]]),
+        _row(what, "scoring", "s", [counters["score_seconds"]]),
+        _row(what, "moving", "s", [counters["move_seconds"]]),
+        _row(
+            what,
+            "scoring and moving over prefill",
+            "%",
+            [100 * spent / run["prefill_seconds"]],
+            most=3.0,
+        ),
+        _row(what, "kept over seen tokens", "", [kept]),
+    ]
+
+
+def _pool_rows(setting: Setting, arms: dict[str, Any]) -> list[Row]:
+    rows = []
+    for name, least in (("compressed", 6.0), ("full", None)):
+        run = arms[name]
+        counters = run["counters"]
+        what = f"pool of 2 full requests, {name}"
+        running = counters["requests_running_max"]
+        rows += [
+            _row(what, "requests running at once", "", [running], least=least),
+            _row(what, "time for all", "s", [run["total_seconds"]]),
+            _row(what, "preemptions", "", [run["preemptions"]]),
+        ]
+    return rows
+
+
+def _off_rows(setting: Setting, arms: dict[str, list[float]], short: int) -> list[Row]:
+    what = f"{setting.requests} x {short} tokens"
+    reference = statistics.median(arms["stock"] + arms["stock again"])
+    rows = [
+        _row(f"{what}, {name}", "decode throughput", "tokens/s", rates)
+        for name, rates in arms.items()
+    ]
+    for name in ("installed, not asked for", "on, requests opt out"):
+        share = [100 * rate / reference for rate in arms[name]]
+        rows.append(_row(f"{what}, {name}", "of stock throughput", "%", share, least=98.0))
+    return rows
+
+
+def _row(
+    setting: str,
+    metric: str,
+    unit: str,
+    values: list[float],
+    least: float | None = None,
+    most: float | None = None,
+) -> Row:
+    return judge(NAME, setting, metric, unit, values, least, most)

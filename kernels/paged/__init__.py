@@ -1,0 +1,5 @@
+"""Places of cache entries in vLLM's blocks, compacted or not."""
+
+from .naive import Caches, Holdings, Rows, gather, head_lengths, sub_blocks
+
+__all__ = ["Caches", "Holdings", "Rows", "gather", "head_lengths", "sub_blocks"]

@@ -1,0 +1,73 @@
+"""Device side of `naive.py`: the one place where kernels compute addresses."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_state(
+    counts_ptr, offsets_ptr, spans_ptr, layer, slot, head, num_slots, HEADS: tl.constexpr
+):
+    """(count, offset, first, full) of a head; all 0 for slot -1."""
+    held = slot >= 0
+    at = (layer * num_slots + slot) * HEADS + head
+    count = tl.load(counts_ptr + at, mask=held, other=0)
+    offset = tl.load(offsets_ptr + at, mask=held, other=0)
+    first = tl.load(spans_ptr + slot * 2, mask=held, other=0)
+    full = tl.load(spans_ptr + slot * 2 + 1, mask=held, other=0)
+    return count, offset, first, full
+
+
+@triton.jit
+def head_length(length, count, full, BLOCK_SIZE: tl.constexpr):
+    """Entries of a head of a sequence of `length` tokens."""
+    return length + (count - full) * BLOCK_SIZE
+
+
+@triton.jit
+def head_of_program(
+    lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, num_rows, num_slots,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Layer, row, head of `program_id(0)` (heads fastest), `head_state`, length and entries."""
+    program = tl.program_id(0)
+    head = program % HEADS
+    row = program // HEADS % num_rows
+    layer = program // HEADS // num_rows
+    slot = tl.load(slots_ptr + row)
+    count, offset, first, full = head_state(
+        counts_ptr, offsets_ptr, spans_ptr, layer, slot, head, num_slots, HEADS
+    )
+    length = tl.load(lengths_ptr + row)
+    n = head_length(length, count, full, BLOCK_SIZE)
+    return layer, row, head, count, offset, first, full, length, n
+
+
+@triton.jit
+def entry_offset(
+    row_ptr,
+    entry,
+    mask,
+    count,
+    offset,
+    first,
+    full,
+    head,
+    stride_block,
+    stride_head,
+    stride_token,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Elements from the start of a layer's cache to the K of entries (V: d elements further).
+
+    `entry` is a block of entry numbers of `head`, `mask` tells the valid ones; `row_ptr` points to
+    the request's block row. int64, 0 based on block 0 where masked.
+    """
+    index = entry // BLOCK_SIZE
+    dealt = offset + index
+    kept = index < count
+    column = tl.where(kept, first + dealt // HEADS, full + index - count)
+    inside = tl.where(kept, dealt % HEADS, head)
+    block = tl.load(row_ptr + column, mask=mask, other=0).to(tl.int64)
+    return block * stride_block + inside * stride_head + (entry % BLOCK_SIZE) * stride_token

@@ -1,0 +1,196 @@
+"""Where the entries of a head lie in vLLM's paged cache, before and after compaction: reference.
+
+A block holds `block_size` tokens of all H KV heads: H *sub-blocks*. A request that was compacted
+owns whole blocks whose sub-blocks are dealt to its heads, head after head; blocks after the last
+compaction (the tail) are in vLLM's own order. So the place of every entry follows from the block
+row, two numbers of the request (`first`, `full`) and two of the head (`count`, `offset`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Caches:
+    """The KV caches of all attention layers of one rank.
+
+    Attributes:
+        tensors: per layer `[num_blocks, H, block_size, 2 * d]`, K then V in the last dimension; any
+            strides, the same for all layers, with the last one 1.
+        pointers: `[L]` int64 on the device of the caches, addresses of the first elements.
+        scales: `[L, 2]` float32, K and V scale: cached value times scale is the true value. 1 for
+            caches that are not FP8.
+    """
+
+    tensors: tuple[Tensor, ...]
+    pointers: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, tensors: list[Tensor] | tuple[Tensor, ...], scales: Tensor | None = None) -> Caches:
+        """Describe cache tensors.
+
+        Raises:
+            ValueError: no tensors, or layers that differ in shape, strides, dtype or device.
+        """
+        if not tensors:
+            raise ValueError("Caches.of needs the cache of at least one layer")
+        first = tensors[0]
+        if first.dim() != 4 or first.shape[3] % 2 or first.stride(3) != 1:
+            raise ValueError(
+                "a cache must be [num_blocks, H, block_size, 2 * d] with last stride 1, got "
+                f"{list(first.shape)} with strides {first.stride()}"
+            )
+        for i, tensor in enumerate(tensors):
+            same = (
+                tensor.shape == first.shape
+                and tensor.stride() == first.stride()
+                and tensor.dtype == first.dtype
+                and tensor.device == first.device
+            )
+            if not same:
+                raise ValueError(
+                    f"the caches of all layers must be alike; layer {i} is {list(tensor.shape)} "
+                    f"{tensor.stride()} {tensor.dtype} on {tensor.device}, layer 0 is "
+                    f"{list(first.shape)} {first.stride()} {first.dtype} on {first.device}"
+                )
+        pointers = torch.tensor([t.data_ptr() for t in tensors], device=first.device)
+        if scales is None:
+            scales = torch.ones(len(tensors), 2, device=first.device)
+        return cls(tuple(tensors), pointers, scales.to(torch.float32))
+
+    def part(self, start: int, stop: int) -> Caches:
+        """Layers `[start, stop)` only."""
+        return Caches(self.tensors[start:stop], self.pointers[start:stop], self.scales[start:stop])
+
+    @property
+    def layers(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def heads(self) -> int:
+        return self.tensors[0].shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.tensors[0].shape[2]
+
+    @property
+    def head_size(self) -> int:
+        return self.tensors[0].shape[3] // 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Elements from block to block, head to head, token to token."""
+        block, head, token, _ = self.tensors[0].stride()
+        return block, head, token
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What compressed requests hold. S: slots, one a compressed request.
+
+    Attributes:
+        counts: `[L, S, H]` int32, kept sub-blocks of each head.
+        offsets: `[L, S, H]` int32, where they begin in the dealt list: exclusive sum of `counts`
+            over the heads.
+        spans: `[S, 2]` int32: columns of the block row where the kept blocks begin (`first`) and
+            where the tail begins (`full`).
+    """
+
+    counts: Tensor
+    offsets: Tensor
+    spans: Tensor
+
+    @classmethod
+    def empty(cls, layers: int, slots: int, heads: int, device: torch.device | str) -> Holdings:
+        """Zeros for `slots` slots."""
+        table = torch.zeros(layers, slots, heads, dtype=torch.int32, device=device)
+        spans = torch.zeros(slots, 2, dtype=torch.int32, device=device)
+        return cls(table, table.clone(), spans)
+
+    def part(self, start: int, stop: int) -> Holdings:
+        """Layers `[start, stop)` only; views."""
+        return Holdings(self.counts[start:stop], self.offsets[start:stop], self.spans)
+
+    @property
+    def slots(self) -> int:
+        return self.counts.shape[1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Requests of one launch.
+
+    Attributes:
+        blocks: `[R, W]` int32, vLLM's block ids in order of position; any row stride, last stride
+            1. Columns before `first` and beyond the sequence are stale.
+        lengths: `[R]` int32, tokens of the sequence, kept or not.
+        slots: `[R]` int32, slot in the `Holdings`; -1 for a request that was never compacted.
+    """
+
+    blocks: Tensor
+    lengths: Tensor
+    slots: Tensor
+
+
+def head_lengths(rows: Rows, holdings: Holdings, block_size: int) -> Tensor:
+    """Entries that every head holds, `[L, R, H]` int64."""
+    held = (rows.slots >= 0)[:, None]
+    slots = rows.slots.clamp_min(0).long()
+    kept = holdings.counts[:, slots].long() * held
+    full = holdings.spans[slots, 1].long()[:, None] * held
+    return kept * block_size + rows.lengths.long()[:, None] - full * block_size
+
+
+def sub_blocks(rows: Rows, holdings: Holdings, row: int, layer: int, head: int, n: int) -> Tensor:
+    """Block and head slot of the first `n` sub-blocks of one head, `[n, 2]` int64."""
+    heads = holdings.counts.shape[2]
+    slot = int(rows.slots[row])
+    count = offset = first = full = 0
+    if slot >= 0:
+        count = int(holdings.counts[layer, slot, head])
+        offset = int(holdings.offsets[layer, slot, head])
+        first, full = holdings.spans[slot].tolist()
+    index = torch.arange(n, device=rows.blocks.device)
+    dealt = offset + index
+    kept = index < count
+    column = torch.where(kept, first + dealt // heads, full + index - count)
+    inside = torch.where(kept, dealt % heads, head)
+    return torch.stack([rows.blocks[row, column].long(), inside], 1)
+
+
+def gather(
+    caches: Caches, rows: Rows, holdings: Holdings, row: int, layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything one layer of one request holds, dequantised.
+
+    Returns:
+        keys, values: `[H, N, d]` float32 (float64 for float64 caches), zero beyond the lengths.
+        lengths: `[H]` int64.
+    """
+    lengths = head_lengths(rows, holdings, caches.block_size)[layer, row]
+    size, block_size = caches.head_size, caches.block_size
+    dtype = torch.float64 if caches.dtype == torch.float64 else torch.float32
+    shape = (caches.heads, max(int(lengths.max()), 0), size)
+    keys = torch.zeros(shape, dtype=dtype, device=caches.device)
+    values = torch.zeros_like(keys)
+    for head, length in enumerate(lengths.tolist()):
+        n = -(-length // block_size)
+        at = sub_blocks(rows, holdings, row, layer, head, n)
+        tokens = caches.tensors[layer][at[:, 0], at[:, 1]].to(dtype).reshape(-1, 2 * size)[:length]
+        keys[head, :length] = tokens[:, :size] * caches.scales[layer, 0]
+        values[head, :length] = tokens[:, size:] * caches.scales[layer, 1]
+    return keys, values, lengths

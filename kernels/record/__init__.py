@@ -1,0 +1,1 @@
+"""Remembers the last queries of requests."""

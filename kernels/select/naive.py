@@ -1,0 +1,105 @@
+"""Torch reference of the choice of cache entries."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOWEST = float("-inf")
+
+
+def max_pool(raw: Tensor, width: int, limit: Tensor | None = None) -> Tensor:
+    """Largest score within `width // 2` entries to either side (entry order, not positions).
+
+    Args:
+        raw: `[H, N]` float scores; may be anything, NaN included, from `limit` on.
+        width: odd number of entries, 1 is the identity.
+        limit: `[H]` int64; only entries below `limit[h]` take part. None: all.
+
+    Returns:
+        `[H, N]`, dtype of `raw`; -inf from `limit` on.
+
+    Raises:
+        ValueError: `width` not a positive odd number, or shapes that do not fit.
+    """
+    if width < 1 or width % 2 == 0:
+        raise ValueError(f"max_pool: width must be a positive odd number, got {width}")
+    if raw.dim() != 2 or (limit is not None and tuple(limit.shape) != (raw.shape[0],)):
+        given = None if limit is None else list(limit.shape)
+        raise ValueError(f"max_pool needs raw [H, N] and limit [H], got {list(raw.shape)}, {given}")
+    inside = None
+    if limit is not None:
+        inside = torch.arange(raw.shape[1], device=raw.device) < limit[:, None]
+        raw = raw.masked_fill(~inside, LOWEST)
+    if width == 1 or raw.numel() == 0:
+        return raw
+    pooled = F.max_pool1d(raw, width, stride=1, padding=width // 2)
+    return pooled if inside is None else pooled.masked_fill(~inside, LOWEST)
+
+
+def top_entries(
+    pooled: Tensor, raw: Tensor, eligible: Tensor, forced: Tensor, keep: Tensor
+) -> Tensor:
+    """The entries of every head that stay: all forced ones, then the best eligible ones.
+
+    Best means pooled score descending, then raw score descending, then lower index; NaN ranks
+    lowest. Pooling makes plateaus, so the tie rules matter: they make the choice deterministic.
+
+    Args:
+        pooled: `[H, N]` float.
+        raw: `[H, N]` float.
+        eligible: `[H, N]` bool, entries that may stay; scores elsewhere are not looked at.
+        forced: `[H, N]` bool, entries that stay in any case (eligible or not).
+        keep: `[H]` int64, entries to keep; `min(keep, number of eligible or forced)` are.
+
+    Returns:
+        `[H, K]` int64 indices, ascending, padded with -1 at the end; K = min(max(keep), N).
+
+    Raises:
+        ValueError: shapes that do not fit, or more forced entries than `keep` in some head.
+    """
+    _check(pooled, raw, eligible, forced, keep)
+    open_slots = keep - forced.sum(1)
+    if bool((open_slots < 0).any()):
+        raise ValueError(
+            f"top_entries: {forced.sum(1).tolist()} entries per head are forced but only "
+            f"{keep.tolist()} may be kept; raise keep or force fewer"
+        )
+    width = min(int(keep.max()), pooled.shape[1]) if keep.numel() else 0
+    if width == 0:
+        return torch.full((pooled.shape[0], 0), -1, dtype=torch.int64, device=pooled.device)
+
+    above, tied = _split(pooled, eligible & ~forced, open_slots)
+    chosen = forced | above
+    above, tied = _split(raw, tied, keep - chosen.sum(1))
+    chosen |= above
+    left = keep - chosen.sum(1)
+    chosen |= tied & (tied.cumsum(1) <= left[:, None])
+    return _indices(chosen, width)
+
+
+def _split(score: Tensor, among: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries of `among` strictly better than the count-th best one, and those equal to it."""
+    masked = torch.where(among & ~score.isnan(), score, LOWEST)
+    ranked = masked.sort(1, descending=True).values
+    last = (count - 1).clamp(0, score.shape[1] - 1)
+    threshold = ranked.gather(1, last[:, None])
+    return among & (masked > threshold) & (count > 0)[:, None], among & (masked == threshold)
+
+
+def _indices(chosen: Tensor, width: int) -> Tensor:
+    heads, entries = chosen.nonzero(as_tuple=True)  # row-major: ascending inside a head
+    counts = chosen.sum(1)
+    first = counts.cumsum(0) - counts
+    slots = torch.arange(len(heads), device=chosen.device) - first[heads]
+    result = torch.full((chosen.shape[0], width), -1, dtype=torch.int64, device=chosen.device)
+    result[heads, slots] = entries
+    return result
+
+
+def _check(pooled: Tensor, raw: Tensor, eligible: Tensor, forced: Tensor, keep: Tensor) -> None:
+    shapes = {tuple(t.shape) for t in (pooled, raw, eligible, forced)}
+    if pooled.dim() != 2 or len(shapes) != 1 or tuple(keep.shape) != (pooled.shape[0],):
+        raise ValueError(
+            "top_entries needs pooled, raw, eligible, forced [H, N] and keep [H], got "
+            f"{[list(t.shape) for t in (pooled, raw, eligible, forced, keep)]}"
+        )

@@ -1,0 +1,68 @@
+"""What is compiled in the absence of a GPU (`uncomp.kernels.compile`)."""
+
+from __future__ import annotations
+
+from uncomp.kernels.variant import Config, Variant
+
+from .kernel import choose_kernel, limits_kernel, pool_kernel
+from .launch import CONFIGS, POOL_CONFIGS
+
+_HELD = dict.fromkeys(
+    ("lengths_ptr", "slots_ptr", "counts_ptr", "offsets_ptr", "spans_ptr"), "*i32"
+)
+_TERMS = {
+    **_HELD,
+    **dict.fromkeys(("blocks_ptr", "positions_ptr", "full_ptr", "protect_ptr"), "*i32"),
+    **dict.fromkeys(
+        ("num_rows", "num_slots", "num_blocks", "stride_row", "num_spans", "sinks", "window"), "i32"
+    ),
+}
+_SCORES = {"raw_ptr": "*fp32", "entries": "i32"}
+
+
+def _constants(heads: int, block_size: int) -> dict[str, int]:
+    return {"HEADS": heads, "BLOCK_SIZE": block_size}
+
+
+def _limits(config: Config, heads: int = 8, block_size: int = 16) -> Variant:
+    signature = {**_TERMS, "eligible_ptr": "*i32", "forced_ptr": "*i32"}
+    name = f"limits H={heads} bs={block_size}"
+    default = config == CONFIGS[0]
+    return Variant(
+        name, limits_kernel, signature, _constants(heads, block_size), config, default
+    )  # fmt: skip
+
+
+def _pool(width: int) -> Variant:
+    integers = dict.fromkeys(("num_rows", "num_slots", "window"), "i32")
+    return Variant(
+        f"pool width={width}",
+        pool_kernel,
+        {**_HELD, **_SCORES, "out_ptr": "*fp32", **integers},
+        {**_constants(8, 16), "WIDTH": width},
+        POOL_CONFIGS[0],
+    )
+
+
+def _choose(config: Config, heads: int = 8, block_size: int = 16) -> Variant:
+    return Variant(
+        f"choose H={heads} bs={block_size}",
+        choose_kernel,
+        {
+            **_TERMS, **_SCORES, "pooled_ptr": "*fp32", "chosen_ptr": "*i32", "kept_ptr": "*i32",
+            "starts_ptr": "*i32", "width": "i32",
+        },
+        _constants(heads, block_size),
+        config,
+        config == CONFIGS[0],
+    )  # fmt: skip
+
+
+VARIANTS: list[Variant] = [
+    _limits(CONFIGS[0]),
+    _limits(CONFIGS[0], heads=5, block_size=64),
+    _pool(1),
+    _pool(7),
+    *(_choose(config) for config in CONFIGS),
+    _choose(CONFIGS[0], heads=5, block_size=64),
+]

@@ -1,0 +1,98 @@
+"""Torch reference of the window scores (SnapKV, arXiv 2404.14469; UNComp, arXiv 2410.03090)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduce = Literal["sum", "max"]
+
+
+def window_scores(
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    reduce: Reduce = "sum",
+) -> Tensor:
+    """Attention probability every cache entry receives from the last w queries.
+
+    A query at position p sees the valid entries whose position is at most p. Probabilities are
+    summed over the window and then reduced over the G query heads that share a KV head.
+
+    Args:
+        queries: `[H, G, w, d]`, after RoPE.
+        keys: `[H, N, d]`, after RoPE; entries beyond `lengths` may be anything, NaN included.
+        lengths: `[H]` int64, valid entries per head.
+        positions: `[H, N]` int64, token position of every valid entry.
+        query_positions: `[w]` int64.
+        scale: factor on the logits, usually `d ** -0.5`.
+        softcap: logits become `softcap * tanh(logits / softcap)`; 0 switches it off.
+        reduce: "sum" or "max" over the query heads of a KV head.
+
+    Returns:
+        `[H, N]` float32 (float64 for float64 inputs), non-negative; 0 beyond `lengths`.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown `reduce`.
+    """
+    _check(queries, keys, lengths, positions, query_positions, reduce)
+    heads, group, window, size = queries.shape
+    entries = keys.shape[1]
+    if entries == 0:
+        return keys.new_zeros((heads, 0), dtype=_accumulator(queries, keys))
+    dtype = _accumulator(queries, keys)
+    rows = (queries.to(dtype) * scale).reshape(heads, group * window, size)
+    logits = torch.bmm(rows, keys.to(dtype).transpose(1, 2))  # [H, G*w, N]
+    if softcap > 0:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+
+    valid = torch.arange(entries, device=keys.device) < lengths[:, None]  # [H, N]
+    visible = valid[:, None] & (positions[:, None] <= query_positions[:, None])  # [H, w, N]
+    # A key only reaches its own column of the product, so masking afterwards also removes NaN keys.
+    logits = logits.view(heads, group, window, entries)
+    logits.masked_fill_(~visible[:, None], float("-inf"))
+    probabilities = logits.softmax(-1)
+    blind = ~visible.any(-1)  # [H, w]: a query that sees nothing has softmax 0/0
+    if bool(blind.any()):
+        probabilities = probabilities.masked_fill(blind[:, None, :, None], 0.0)
+    if reduce == "sum":
+        return probabilities.sum((1, 2))
+    return probabilities.sum(2).amax(1)
+
+
+def _accumulator(*tensors: Tensor) -> torch.dtype:
+    is_double = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def _check(
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    reduce: str,
+) -> None:
+    if queries.dim() != 4 or keys.dim() != 3:
+        raise ValueError(
+            "window_scores needs queries [H, G, w, d] and keys [H, N, d], got "
+            f"{list(queries.shape)} and {list(keys.shape)}"
+        )
+    heads, _, window, size = queries.shape
+    expected = {
+        "keys": (keys, (heads, keys.shape[1], size)),
+        "lengths": (lengths, (heads,)),
+        "positions": (positions, (heads, keys.shape[1])),
+        "query_positions": (query_positions, (window,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"window_scores: {name} must be {list(shape)}, got {list(tensor.shape)}"
+            )
+    if reduce not in ("sum", "max"):
+        raise ValueError(f"window_scores: reduce must be 'sum' or 'max', got {reduce!r}")

@@ -1,0 +1,1 @@
+"""The complete list of what uncomp changes in vLLM; README.md is generated from these files."""

@@ -1,0 +1,137 @@
+"""The path of a GPU on a CPU: the same seat, compactor and kernels, run by Triton's interpreter.
+
+A plain backend in PyTorch stands where FlashAttention stands; everything else is what a GPU runs,
+but for CUDA graphs and streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from uncomp.engine.device_worker import DeviceWorker
+from uncomp.engine.sub_block_backend import SubBlockBuilder, SubBlockImpl
+
+WORKER = f"{__name__}.InterpretedWorker"
+FP8 = torch.float8_e4m3fn
+#: smaller in tests: several launches for each compaction
+ARENA_BYTES = 3 << 20
+
+
+class InterpretedBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type:
+        return InterpretedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        return InterpretedBuilder
+
+
+class PlainBuilder(CPUAttentionMetadataBuilder):
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False):
+        return common_attn_metadata
+
+
+class InterpretedBuilder(SubBlockBuilder, PlainBuilder):
+    #: as with full CUDA graphs: decode batches are always ours
+    full_graphs = True
+
+
+class PlainImpl(CPUAttentionBackendImpl):
+    """Attention over vLLM's paged cache, K then V in a token's row, as FlashAttention stores it."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        count = slot_mapping.shape[0]
+        block, token = slot_mapping // kv_cache.shape[2], slot_mapping % kv_cache.shape[2]
+        tokens = torch.cat([key[:count], value[:count]], -1)
+        if kv_cache.dtype.itemsize == 1:
+            scale = _scale_row(layer, self.head_size)
+            tokens = (tokens / scale).to(FP8).view(kv_cache.dtype)
+        kv_cache[block, :, token] = tokens
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        common = attn_metadata
+        if common is None:
+            return output.zero_()
+        starts, size = common.query_start_loc.tolist(), self.head_size
+        for row in range(common.num_reqs):
+            first, last, length = starts[row], starts[row + 1], int(common.seq_lens[row])
+            blocks = common.block_table_tensor[row, : -(-length // kv_cache.shape[2])].long()
+            cached = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+            if cached.dtype.itemsize == 1:
+                scale = _scale_row(layer, size)
+                cached = cached.view(FP8).to(query.dtype) * scale.to(query.dtype)
+            mask = torch.arange(length) <= torch.arange(length - last + first, length)[:, None]
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                query[first:last].view(last - first, -1, size).transpose(0, 1),
+                cached[..., :size],
+                cached[..., size:],
+                attn_mask=mask,
+                scale=self.scale,
+                enable_gqa=True,
+            )
+            output[first:last] = attended.transpose(0, 1).reshape(output[first:last].shape)
+        return output
+
+
+def _scale_row(layer: Any, size: int) -> Tensor:
+    """K scale, then V scale, of every channel of a token's row."""
+    return torch.cat([layer._k_scale.expand(size), layer._v_scale.expand(size)])
+
+
+class InterpretedImpl(SubBlockImpl, PlainImpl):
+    pass
+
+
+class InterpretedWorker(DeviceWorker, CPUWorker):
+    stock_backend = AttentionBackendEnum.CPU_ATTN
+    backend = InterpretedBackend
+
+    def _arena_bytes(self) -> int:
+        return ARENA_BYTES
+
+
+def short_model(model: Any, folder: Any, layers: int) -> Any:
+    """A checkpoint with the first layers of another one."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    weights: dict[str, Tensor] = {}
+    for path in model.iterdir():
+        if path.suffix == ".safetensors":
+            weights |= load_file(path)
+        elif path.name == "config.json":
+            config = json.loads(path.read_text())
+            config["num_hidden_layers"] = layers
+            (folder / path.name).write_text(json.dumps(config))
+        elif path.is_file() and "index" not in path.name:
+            shutil.copy(path, folder)
+    dropped = tuple(f"model.layers.{i}." for i in range(layers, 200))
+    kept = {name: t.contiguous() for name, t in weights.items() if not name.startswith(dropped)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,77 @@
+"""Slots, remembered queries, working memory and time of a device."""
+
+import pytest
+import torch
+
+from uncomp.engine.arena import Arena, aligned
+from uncomp.engine.device_clock import DeviceClock
+from uncomp.engine.device_state import DeviceRequests, DeviceSlot, QueryStore
+from uncomp.kernels.record.launch import record
+
+CPU = torch.device("cpu")
+
+
+def test_slots_are_reused_and_never_shared() -> None:
+    requests = DeviceRequests(2, 3, 2, CPU)
+    assert requests.index_of("a") == -1
+    for name in ("a", "b"):
+        requests.slots[name] = DeviceSlot(requests.take(), 1, 4, 2, 3, None)
+    assert sorted([requests.index_of("a"), requests.index_of("b")]) == [0, 1]
+    with pytest.raises(RuntimeError, match="all 2 slots"):
+        requests.take()
+    index = requests.index_of("a")
+    requests.drop("a")
+    requests.drop("a")
+    assert "a" not in requests
+    assert len(requests) == 1
+    assert requests.take() == index
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 11])
+def test_the_last_queries_come_back_in_order(tokens: int) -> None:
+    layers, window, heads, size = 2, 4, 3, 8
+    store = QueryStore(layers, window, (heads, size), torch.float32, CPU)
+    queries = torch.randn(layers, tokens, heads, size)
+    executions = torch.zeros(layers, dtype=torch.int64)
+    for name in ("other", "mine"):  # the last one to be written must not reach the first
+        for position in range(tokens):
+            [address] = store.addresses(name, position, position + 1)
+            for layer in range(layers):
+                rows = queries[layer, position : position + 1] * (1 if name == "mine" else -1)
+                record(rows, torch.tensor([address]), executions, layer)
+    last = store.last("mine", tokens)
+    assert torch.equal(last, queries[:, max(0, tokens - window) :])
+    assert torch.equal(store.last("other", tokens), -last)
+    store.drop("mine")
+    assert len(store) == 1
+    with pytest.raises(RuntimeError, match="no queries were recorded for mine"):
+        store.last("mine", tokens)
+
+
+def test_buffers_never_move() -> None:
+    store = QueryStore(1, 2, (1, 4), torch.float16, CPU)
+    before = {name: store.addresses(name, 0, 2) for name in map(str, range(9))}
+    assert all(store.addresses(name, 0, 2) == found for name, found in before.items())
+    assert len({a for found in before.values() for a in found}) == 18
+
+
+def test_arena() -> None:
+    arena = Arena(4096, CPU)
+    first, second = arena.take((3, 5)), arena.take((7,), torch.int32)
+    assert first.shape == (3, 5)
+    assert second.dtype == torch.int32
+    assert second.data_ptr() - first.data_ptr() == aligned(60) == 256
+    assert arena.rest().numel() == 4096 - 512
+    with pytest.raises(RuntimeError, match="are needed, 4096 are there"):
+        arena.take((1000,))
+    arena.clear()
+    assert arena.take((1024,)).data_ptr() == first.data_ptr()
+
+
+def test_clock_adds_up_once() -> None:
+    clock = DeviceClock(CPU)
+    for _ in range(2):
+        clock.add(1.0, 1.5, 3.5)
+    assert clock.collect() == (1.0, 4.0)
+    assert clock.collect() == (0.0, 0.0)
+    assert clock.mark() <= clock.mark()

@@ -1,0 +1,65 @@
+"""What the entropy policy would do with a calibration: groups and budgets of every KV head."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from uncomp import grouping, policies
+from uncomp.calibration.file import Calibration, CalibrationError
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Per layer and KV head, [layers][KV heads] each: mean entropy, group (0 = lowest), tokens."""
+
+    entropy: list[list[float]]
+    groups: list[list[int]]
+    tokens: list[list[int]]
+
+
+def plan_heads(
+    calibration: Calibration,
+    *,
+    source: str,
+    measure: str,
+    groups: int,
+    ratio: float,
+    keep: float,
+    tokens: int,
+    block_size: int,
+) -> HeadPlan:
+    """Groups and budgets for a prompt of `tokens` tokens kept at ratio `keep`.
+
+    The budgets are dealt by the entropy policy itself, in blocks of `block_size` tokens, at least
+    one for each head; the forced entries of a real request may raise a minimum.
+
+    Raises:
+        CalibrationError: an argument out of range, or too few blocks for the heads.
+    """
+    if not 0 < keep <= 1 or tokens < 1 or block_size < 1:
+        raise CalibrationError(
+            f"keep {keep} must be in (0, 1]; tokens {tokens} and block size {block_size} at least 1"
+        )
+    scores = calibration.scores(source, measure)
+    layers, heads = scores.shape
+    available = math.ceil(tokens / block_size)
+    # A sub-block is one head's share of a block: `heads` of them make up a kept block.
+    total = max(round(keep * tokens / block_size), 1) * heads
+    minimum = torch.ones(heads, dtype=torch.int64)
+    maximum = torch.full((heads,), available)
+    nothing = torch.empty(heads, 0)
+    try:
+        policy = policies.get("entropy", groups=groups, ratio=ratio)
+        budgets, group_of = [], []
+        for layer in range(layers):
+            view = policies.LayerView(
+                layer=layer, keys=nothing[:, :, None], lengths=torch.full((heads,), tokens),
+                positions=nothing.long(), entropy=scores[layer],
+            )  # fmt: skip
+            dealt = policy.deal(view, nothing, nothing > 0, total, minimum, maximum, block_size)
+            budgets.append((dealt * block_size).clamp(max=tokens).tolist())
+            group_of.append(grouping.groups(scores[layer], min(groups, heads)).tolist())
+    except ValueError as error:
+        raise CalibrationError(str(error)) from error
+    return HeadPlan(scores.tolist(), group_of, budgets)

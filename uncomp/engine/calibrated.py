@@ -1,0 +1,46 @@
+"""The share of a calibration file that belongs to one worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from uncomp.calibration.file import Calibration, CalibrationError, load
+from uncomp.config import UncompConfig
+
+
+def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
+    """The calibration file of the settings, checked against the model; ``None`` without one.
+
+    Raises:
+        CalibrationError: missing or corrupt file, another model, or another truncation.
+    """
+    if config.calibration is None or not config.uses_entropy:
+        return None
+    calibration = load(config.calibration)
+    calibration.check_model(hf_config)
+    if config.truncation not in (None, calibration.truncation):
+        raise CalibrationError(
+            f"{config.calibration} holds entropies truncated at {calibration.truncation}, the "
+            f"settings ask for truncation={config.truncation}: calibrate again or drop the setting"
+        )
+    return calibration
+
+
+def rank_entropies(
+    config: UncompConfig, vllm_config: Any, layer_indices: list[int], heads: int
+) -> Tensor | None:
+    """[layers, heads] float64 entropies of this rank's layers and KV heads, or ``None``.
+
+    vLLM gives every tensor-parallel rank consecutive KV heads (copies, if there are fewer KV heads
+    than ranks).
+    """
+    calibration = load_checked(config, vllm_config.model_config.hf_text_config)
+    if calibration is None:
+        return None
+    table = calibration.scores(config.source, config.measure)
+    parallel = vllm_config.parallel_config
+    rank = parallel.rank % parallel.tensor_parallel_size
+    first = rank * table.shape[1] // parallel.tensor_parallel_size
+    return table[layer_indices, first : first + heads]

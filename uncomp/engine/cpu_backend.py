@@ -1,0 +1,258 @@
+"""vLLM's CPU attention backend, extended by rows whose heads have unequal lengths.
+
+A compressed row is attended to as one sequence per KV head: the kernel sees ``rows * heads``
+sequences with a single KV head each, over the cache viewed as sub-blocks. Everything else (prefill,
+uncompressed rows, cache writes) is vLLM's own code on vLLM's own metadata; a batch without
+compressed rows runs exactly what the unmodified engine runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs as vllm_envs
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+if TYPE_CHECKING:
+    from uncomp.engine.seat import Seat
+
+# vLLM 0.26 plans the kernel's work without the cache's dtype.
+PLAN_TAKES_DTYPE = "kv_cache_dtype" in signature(ops.cpu_attn_get_scheduler_metadata).parameters
+
+
+@dataclass
+class CompressedRows:
+    """Attention inputs of the compressed rows, one sequence per (row, KV head).
+
+    Attributes:
+        tokens: [rows] int64, index of each row's only token in the batch; ``None`` = all tokens.
+        starts: [sequences + 1] int32, 0, 1, 2, ...: every sequence has one query.
+        lengths: [layers, sequences] int32.
+        tables: [layers, sequences, width] int32, sub-block numbers.
+        schedules: per layer, the kernel's own work plan.
+    """
+
+    tokens: Tensor | None
+    starts: Tensor
+    lengths: Tensor
+    tables: Tensor
+    schedules: list[Tensor]
+
+
+@dataclass
+class SeatedMetadata(CPUAttentionMetadata):
+    """vLLM's metadata with what compression adds to one step.
+
+    Attributes:
+        seat: this worker's state.
+        record: (source [n], destination [n]) int64: queries to remember.
+        compressed: the compressed rows, or ``None``.
+        plain: vLLM's metadata of the other rows when there are both kinds.
+        plain_tokens: [n] int64, their tokens in the batch.
+    """
+
+    seat: Seat | None = None
+    record: tuple[Tensor, Tensor] | None = None
+    compressed: CompressedRows | None = None
+    plain: CPUAttentionMetadata | None = None
+    plain_tokens: Tensor | None = None
+
+
+class SeatedBackend(CPUAttentionBackend):
+    """CPU_ATTN with compressed rows."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return SeatedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        return SeatedBuilder
+
+
+class SeatedBuilder(CPUAttentionMetadataBuilder):
+    """Builds metadata; the worker gives it its seat once the KV cache exists."""
+
+    seat: Seat | None = None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        common = common_attn_metadata
+        step = self.seat.step_rows(common) if self.seat is not None else None
+        if step is None:
+            return super().build(common_prefix_len, common, fast_build)
+        assert self.seat is not None
+        if not step.compressed:
+            stock = super().build(common_prefix_len, common, fast_build)
+            return SeatedMetadata(**vars(stock), seat=self.seat, record=step.record)
+        compressed = self._compressed_rows(step, common)
+        plain = plain_tokens = None
+        if step.plain_rows.numel():
+            subset, plain_tokens = _select_rows(common, step.plain_rows)
+            plain = super().build(common_prefix_len, subset, fast_build)
+        return SeatedMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc,
+            max_seq_len=common.max_seq_len,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            scheduler_metadata=None,
+            seat=self.seat,
+            record=step.record,
+            compressed=compressed,
+            plain=plain,
+            plain_tokens=plain_tokens,
+        )
+
+    def _compressed_rows(self, step: Any, common: Any) -> CompressedRows:
+        assert self.seat is not None
+        batch = self.seat.requests.batch(step.slots, common.seq_lens[step.compressed_rows])
+        sequences = batch.lengths.shape[1]
+        starts = torch.arange(sequences + 1, dtype=torch.int32)
+        plan_of: dict[bytes, Tensor] = {}
+        schedules = []
+        for lengths in batch.lengths:
+            # Layers with the same lengths (uniform policies: all of them) share a work plan.
+            key = lengths.numpy().tobytes()
+            if key not in plan_of:
+                plan_of[key] = self._schedule(lengths, starts)
+            schedules.append(plan_of[key])
+        tokens = None
+        if step.plain_rows.numel():
+            tokens = common.query_start_loc[step.compressed_rows].long()
+        return CompressedRows(tokens, starts, batch.lengths, batch.tables, schedules)
+
+    def _schedule(self, lengths: Tensor, starts: Tensor) -> Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=lengths.shape[0],
+            num_heads=self.num_heads // self.num_kv_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            seq_lens=lengths,
+            dtype=cast(torch.dtype, self.dtype),
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=self.window_size,
+            isa=self.isa,
+            enable_kv_split=vllm_envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=None,
+            **({"kv_cache_dtype": self.kv_cache_dtype} if PLAN_TAKES_DTYPE else {}),
+        )
+
+
+class SeatedImpl(CPUAttentionBackendImpl):
+    """Attention of one layer; ``layer_index`` is set by the worker."""
+
+    layer_index: int = -1
+    _sub_blocks: tuple[int, Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        meta = attn_metadata
+        rest = (output_scale, output_block_scale)
+        if not isinstance(meta, SeatedMetadata):
+            return super().forward(layer, query, key, value, kv_cache, meta, output, *rest)
+        if meta.record is not None:
+            assert meta.seat is not None
+            source, destination = meta.record
+            meta.seat.queries[self.layer_index][destination] = query[source]
+        if meta.compressed is None:
+            return super().forward(layer, query, key, value, kv_cache, meta, output, *rest)
+        tokens = meta.compressed.tokens
+        if tokens is None:
+            count = meta.num_actual_tokens
+            self._attend(meta.compressed, query[:count], kv_cache, output[:count])
+            return output
+        own = torch.empty_like(output[: tokens.shape[0]])
+        self._attend(meta.compressed, query[tokens], kv_cache, own)
+        output[tokens] = own
+        assert meta.plain is not None
+        others = torch.empty_like(output[: meta.plain.num_actual_tokens])
+        super().forward(
+            layer, query[meta.plain_tokens], key, value, kv_cache, meta.plain, others, *rest
+        )
+        output[meta.plain_tokens] = others
+        return output
+
+    def _attend(
+        self, rows: CompressedRows, query: Tensor, kv_cache: Tensor, output: Tensor
+    ) -> None:
+        """query, output: [rows, num_heads, head_size] (output contiguous)."""
+        sequences = rows.starts.shape[0] - 1
+        shape = (sequences, self.num_queries_per_kv, self.head_size)
+        key_cache, value_cache = self._views(kv_cache)
+        ops.cpu_attention_with_kv_cache(
+            query=query.reshape(shape),
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=output.view(shape),
+            query_start_loc=rows.starts,
+            seq_lens=rows.lengths[self.layer_index],
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=self.sliding_window,
+            block_table=rows.tables[self.layer_index],
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=rows.schedules[self.layer_index],
+            s_aux=None,
+            dynamic_causal=None,
+            k_scale=1.0,
+            v_scale=1.0,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """The cache as sub-blocks [num_blocks * heads, 1, block_size, head_size], K and V."""
+        if self._sub_blocks is None or self._sub_blocks[0] != kv_cache.data_ptr():
+            blocks, heads, block_size, _ = kv_cache.shape
+            flat = kv_cache.view(blocks * heads, 1, block_size * 2, -1)
+            keys, values = flat.chunk(2, dim=2)
+            self._sub_blocks = (kv_cache.data_ptr(), keys, values)
+        return self._sub_blocks[1], self._sub_blocks[2]
+
+
+def _select_rows(common: Any, rows: Tensor) -> tuple[Any, Tensor]:
+    """vLLM's common metadata of some rows of a batch, and their tokens' indices in the batch."""
+    starts = common.query_start_loc.long()
+    counts = (starts[1:] - starts[:-1])[rows]
+    new_starts = torch.zeros(rows.shape[0] + 1, dtype=common.query_start_loc.dtype)
+    new_starts[1:] = counts.cumsum(0)
+    offsets = starts[rows] - new_starts[:-1].long()
+    tokens = torch.arange(int(counts.sum())) + offsets.repeat_interleave(counts)
+    seq_lens = common.seq_lens[rows]
+    subset = common.replace(
+        query_start_loc=new_starts,
+        query_start_loc_cpu=new_starts,
+        seq_lens=seq_lens,
+        num_reqs=rows.shape[0],
+        num_actual_tokens=tokens.shape[0],
+        max_query_len=int(counts.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=common.block_table_tensor[rows],
+        slot_mapping=common.slot_mapping[tokens],
+    )
+    return subset, tokens

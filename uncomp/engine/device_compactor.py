@@ -1,0 +1,340 @@
+"""Runs the orders of a step on a GPU: all layers and heads of several requests in few launches.
+
+The same decisions as `compactor.py`, taken on the device: nothing here waits for it, and working
+memory comes from an arena. Policies that score with the window's attention use the kernels; others
+see dense copies of one layer at a time and may be slow, they are there to be compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from uncomp.config import UncompConfig
+from uncomp.engine.arena import Arena, aligned
+from uncomp.engine.device_clock import DeviceClock
+from uncomp.engine.device_orders import Facts, Job, facts_of, widest
+from uncomp.engine.device_state import DeviceRequests, DeviceSlot, to_device
+from uncomp.engine.orders import Receipt
+from uncomp.kernels.compact.launch import compact, scratch_bytes
+from uncomp.kernels.entropy import Measure
+from uncomp.kernels.entropy.launch import Scratch, spectral_entropy
+from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
+from uncomp.kernels.paged import Caches, Holdings, gather, sub_blocks
+from uncomp.kernels.select.launch import Terms, choose, limits, pool
+from uncomp.kernels.window_scores.launch import window_scores_paged, workspace_size
+from uncomp.policies import LayerView, Policy
+from uncomp.policies.uniform import Uniform
+
+
+class DeviceCompactor:
+    """Chooses and moves survivors.
+
+    Args:
+        config: the server's settings.
+        policy: decides scores and shares.
+        caches: of this rank's attention layers.
+        positions: [layers, num_blocks, heads, block_size] int32, token position of every entry that
+            was kept by a compaction; lies where the entry lies.
+        layer_numbers: of these layers in the whole model.
+        scales, softcaps: [layers] float32 on the device, of the attention logits.
+        requests: table to read from and to record in.
+        arena: working memory; holds at least `least_memory` bytes.
+        calibrated: [layers, heads] entropies of this rank from a calibration file, or None.
+        rank: names the trace file.
+    """
+
+    def __init__(
+        self,
+        config: UncompConfig,
+        policy: Policy,
+        caches: Caches,
+        positions: Tensor,
+        layer_numbers: Sequence[int],
+        scales: Tensor,
+        softcaps: Tensor,
+        requests: DeviceRequests,
+        arena: Arena,
+        calibrated: Tensor | None = None,
+        rank: int = 0,
+    ) -> None:
+        self.config, self.policy, self.caches = config, policy, caches
+        self.positions, self.layer_numbers = positions, list(layer_numbers)
+        self.scales, self.softcaps = scales, softcaps
+        self.requests, self.arena = requests, arena
+        self.calibrated = None if calibrated is None else calibrated.to(caches.device)
+        self.clock = DeviceClock(caches.device)
+        self._trace = Path(config.trace, f"kept-{rank}.jsonl") if config.trace else None
+        if self._trace is not None:
+            self._trace.parent.mkdir(parents=True, exist_ok=True)
+
+    def run(self, jobs: list[Job], block_table: Tensor) -> list[Receipt]:
+        """Carry out orders.
+
+        Args:
+            block_table: [rows, width] int32 on the device.
+
+        Returns:
+            One receipt an order. Times are those of earlier orders that the device has finished in
+            the meantime: waiting for these would hold the engine up.
+        """
+        receipts = []
+        for _, same in groupby(sorted(jobs, key=self._kind), self._kind):
+            receipts += self._run_group(list(same), block_table)
+        score, move = self.clock.collect()
+        first = receipts[0]
+        receipts[0] = Receipt(
+            first.request_id, first.generation, first.tokens_seen, first.tokens_kept, score, move
+        )
+        for job in jobs:
+            self._write_trace(job)
+        return receipts
+
+    def _kind(self, job: Job) -> tuple[int, bool]:
+        """Jobs of one kind share launches: equal windows, all compacted before or all new."""
+        window = 0 if job.queries is None else job.queries.shape[1]
+        return window, job.order.request_id in self.requests
+
+    def _run_group(self, jobs: list[Job], table: Tensor) -> list[Receipt]:
+        if len(jobs) > 1 and self._layer_bytes(jobs) > self.arena.size:
+            half = len(jobs) // 2
+            return self._run_group(jobs[:half], table) + self._run_group(jobs[half:], table)
+        facts = facts_of(jobs, table, self.requests, self.caches, self.config.online_tokens)
+        layers = self.caches.layers
+        at_once = max(1, min(layers, self.arena.size // self._layer_bytes(jobs)))
+        if 4 < at_once < layers:
+            at_once -= at_once % 4  # kernels are specialised on addresses that 16 bytes divide
+        entropies = self._known_entropies(jobs)
+        measured, counts, offsets = [], [], []
+        for start in range(0, layers, at_once):
+            stop = min(start + at_once, layers)
+            self.arena.clear()
+            known = None if entropies is None else entropies[start:stop]
+            part = self._part(facts, start, stop, known)
+            counts.append(part[0])
+            offsets.append(part[1])
+            if part[2] is not None:
+                measured.append(part[2])
+        entropy = entropies if entropies is not None or not measured else torch.cat(measured)
+        return self._record(jobs, facts, torch.cat(counts), torch.cat(offsets), entropy)
+
+    def _layer_bytes(self, jobs: list[Job]) -> int:
+        """Working memory that one layer of these orders takes."""
+        caches, requests = self.caches, len(jobs)
+        entries = widest(jobs, self.requests, self.caches.block_size)
+        blocks = max(len(job.order.kept_blocks) for job in jobs)
+        heads = requests * caches.heads
+        window = query_heads = 0
+        if jobs[0].queries is not None:
+            _, window, query_heads, _ = jobs[0].queries.shape
+        padded = 1 << (caches.head_size - 1).bit_length()
+        sizes = (
+            4 * heads * entries,  # raw scores
+            4 * heads * entries,  # pooled scores
+            4 * heads * blocks * caches.block_size,  # chosen
+            4 * workspace_size(1, requests, query_heads, window, entries),
+            8 * heads * caches.head_size**2,  # Gram and covariance; the latter is scratch later
+            4 * heads * (caches.head_size**2 + 10 * padded + 16),
+            scratch_bytes(caches, requests, blocks),
+        )
+        return sum(aligned(size) + 4096 for size in sizes)
+
+    def _known_entropies(self, jobs: list[Job]) -> Tensor | None:
+        """[layers, R, heads] of requests that all have one; None: to be measured, or not needed."""
+        if not self.policy.needs_entropy or self.config.relocate:
+            return None
+        if self.calibrated is not None:
+            return self.calibrated.unsqueeze(1).expand(-1, len(jobs), -1)
+        slots = [self.requests.slots.get(job.order.request_id) for job in jobs]
+        kept = [slot.entropy for slot in slots if slot is not None]
+        if len(kept) == len(jobs):
+            # Survivors are a biased sample: the prompt's own entropy stays in force.
+            return torch.stack([cast(Tensor, entropy) for entropy in kept], 1)
+        return None
+
+    def _part(
+        self, facts: Facts, start: int, stop: int, entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compact layers [start, stop).
+
+        Returns:
+            counts, offsets [l, R, H] int32, entropy [l, R, H] or None.
+        """
+        caches, holdings = self.caches.part(start, stop), self.requests.holdings.part(start, stop)
+        config, rows = self.config, facts.rows
+        positions = self.positions[start:stop]
+        mark = self.clock.mark()
+        terms = Terms(
+            rows, holdings, positions, facts.full, facts.protect, config.sinks, config.window
+        )
+        eligible, forced = limits(terms)
+        maximum = eligible.long() // caches.block_size
+        raw = self._scores(facts, caches, holdings, start)
+        pooled = raw
+        if self.policy.pool_scores and config.pooling > 1 and not config.relocate:
+            pooled = self.arena.take(raw.shape)
+            pool(raw, terms, config.pooling, pooled)
+        if config.relocate:
+            counts = maximum
+        else:
+            if self.policy.needs_entropy and entropy is None:
+                entropy = self._measure(facts, caches, holdings)
+            mask = None
+            if self.policy.deals_by_score:
+                mask = torch.arange(raw.shape[-1], device=caches.device) < eligible.unsqueeze(-1)
+            counts = self.policy.share(
+                entropy,
+                pooled if mask is not None else None,
+                mask,
+                (facts.kept.long() * caches.heads).expand(caches.layers, -1),
+                -(-forced.long() // caches.block_size),
+                maximum,
+                caches.block_size,
+            )
+        counts = counts.to(torch.int32)
+        offsets = (counts.cumsum(-1) - counts).to(torch.int32)
+        width = facts.kept_blocks.shape[1] * caches.heads * caches.block_size
+        chosen = self.arena.take((caches.layers, rows.lengths.shape[0], width), torch.int32)
+        choose(raw, pooled, terms, counts, offsets, chosen)
+        scored = self.clock.mark()
+        compact(
+            caches, positions, rows, holdings, chosen, counts, offsets, facts.kept_blocks,
+            facts.kept, self.arena.rest(),
+        )  # fmt: skip
+        self.clock.add(mark, scored, self.clock.mark())
+        return counts, offsets, entropy
+
+    def _scores(self, facts: Facts, caches: Caches, holdings: Holdings, start: int) -> Tensor:
+        """[l, R, H, N] float32."""
+        raw = self.arena.take(
+            (caches.layers, facts.rows.lengths.shape[0], caches.heads, facts.entries)
+        )
+        if self.config.relocate:
+            return raw.zero_()
+        if isinstance(self.policy, Uniform):
+            assert facts.queries is not None
+            queries = facts.queries[start : start + caches.layers]
+            sizes = (*queries.shape[:2], queries.shape[3], queries.shape[2], facts.entries)
+            window_scores_paged(
+                caches,
+                facts.rows,
+                holdings,
+                queries,
+                self.scales[start : start + caches.layers],
+                self.softcaps[start : start + caches.layers],
+                self.policy.reduce,
+                raw,
+                self.arena.take((workspace_size(*sizes),)),
+            )
+            return raw
+        for layer in range(caches.layers):
+            for row in range(raw.shape[1]):
+                view = self._view(facts, start + layer, row)
+                raw[layer, row, :, : view.keys.shape[1]] = self.policy.score(view)
+        return raw
+
+    def _view(self, facts: Facts, layer: int, row: int) -> LayerView:
+        """A dense copy of one layer of one request, for policies without a kernel."""
+        holdings, caches = self.requests.holdings, self.caches
+        keys, _, lengths = gather(caches, facts.rows, holdings, row, layer)
+        tail = facts.rows.lengths[row] - lengths[:, None]
+        positions = torch.arange(keys.shape[1], device=keys.device) + tail
+        slot = int(facts.rows.slots[row])
+        if slot >= 0:
+            for head, count in enumerate(holdings.counts[layer, slot].tolist()):
+                at = sub_blocks(facts.rows, holdings, row, layer, head, count)
+                kept = self.positions[layer, at[:, 0], at[:, 1]].flatten()
+                positions[head, : kept.shape[0]] = kept
+        return LayerView(
+            self.layer_numbers[layer], keys, lengths, positions,
+        )  # fmt: skip
+
+    def _measure(self, facts: Facts, caches: Caches, holdings: Holdings) -> Tensor:
+        """Entropies of the heads from their own keys, [l, R, H]."""
+        shape = (caches.layers, facts.rows.lengths.shape[0], caches.heads)
+        heads, size = math.prod(shape), caches.head_size
+        padded = 1 << (size - 1).bit_length()
+        take = self.arena.take
+        grams = GramBuffers(
+            take((*shape, size)), take((*shape, size, size)), take((*shape, size)),
+            take(shape, torch.int32),
+        )  # fmt: skip
+        gram_paged(caches, facts.rows, holdings, facts.stride, grams)
+        matrices = covariance(grams, take((*shape, size, size))).view(heads, size, size)
+        scratch = Scratch(
+            take((heads, size, size)), take((heads, 4, padded)), take((heads, size)),
+            take((heads, size)), take((heads, size)),
+        )  # fmt: skip
+        measure = cast(Measure, self.config.measure)
+        entropy = spectral_entropy(matrices, self.config.truncation, measure, scratch)
+        return entropy.view(shape)
+
+    def _record(
+        self,
+        jobs: list[Job],
+        facts: Facts,
+        counts: Tensor,
+        offsets: Tensor,
+        entropy: Tensor | None,
+    ) -> list[Receipt]:
+        receipts, slots = [], []
+        layers, heads, size = self.caches.layers, self.caches.heads, self.caches.block_size
+        for i, job in enumerate(jobs):
+            order = job.order
+            old = self.requests.slots.get(order.request_id)
+            kept = len(order.kept_blocks)
+            most, before = order.full_blocks, order.num_tokens
+            if old is not None:
+                most = old.most + order.full_blocks - old.full_blocks
+                before -= (old.full_blocks - old.kept_blocks) * size
+            index = old.index if old is not None else self.requests.take()
+            own = None if entropy is None else entropy[:, i].clone()
+            self.requests.slots[order.request_id] = DeviceSlot(
+                index, order.generation, order.full_blocks, kept, min(most, kept * heads), own
+            )
+            slots.append(index)
+            after = order.num_tokens - (order.full_blocks - kept) * size
+            each = layers * heads
+            receipts.append(
+                Receipt(order.request_id, order.generation, before * each, after * each, 0.0, 0.0)
+            )
+        at = to_device(slots, torch.int64, self.caches.device)
+        holdings = self.requests.holdings
+        holdings.counts.index_copy_(1, at, counts)
+        holdings.offsets.index_copy_(1, at, offsets)
+        holdings.spans.index_copy_(0, at, torch.stack([facts.full - facts.kept, facts.full], 1))
+        return receipts
+
+    def _write_trace(self, job: Job) -> None:
+        """What was kept, for tests and for people; waits for the device."""
+        if self._trace is None:
+            return
+        order = job.order
+        slot = self.requests.slots[order.request_id]
+        counts = self.requests.holdings.counts[:, slot.index].cpu()
+        blocks = torch.tensor(order.kept_blocks)
+        positions = self.positions.cpu()[:, blocks].flatten(1, 2)  # [layers, dealt, block_size]
+        kept = []
+        for layer, row in enumerate(counts.tolist()):
+            start, heads = 0, []
+            for count in row:
+                heads.append(positions[layer, start : start + count].flatten().tolist())
+                start += count
+            kept.append(heads)
+        record = {
+            "request_id": order.request_id,
+            "generation": order.generation,
+            "num_tokens": order.num_tokens,
+            "full_blocks": order.full_blocks,
+            "block_size": self.caches.block_size,
+            "kept": kept,
+        }
+        with open(self._trace, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,73 @@
+"""What the scheduler tells the worker with each step, and what the worker answers. No vLLM here.
+
+Both travel as an extra attribute (``ATTRIBUTE``) of vLLM's own messages, which are pickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ATTRIBUTE = "uncomp"
+
+
+@dataclass(frozen=True)
+class Order:
+    """Compact one request after this step's forward pass.
+
+    Attributes:
+        request_id: vLLM's request id.
+        num_tokens: tokens computed once this step has run.
+        full_blocks: full blocks among them; later blocks stay as they are.
+        kept_blocks: ids of the blocks that receive the survivors; they replace the blocks at
+            ``[full_blocks - len(kept_blocks), full_blocks)`` and belong to this request alone.
+        generation: 1 for the first compaction since the request was (re)scheduled, then 2, 3, ...
+        protect: half-open spans of positions that must survive.
+    """
+
+    request_id: str
+    num_tokens: int
+    full_blocks: int
+    kept_blocks: tuple[int, ...]
+    generation: int
+    protect: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def first_kept(self) -> int:
+        """Index in the request's block row of the first block that stays."""
+        return self.full_blocks - len(self.kept_blocks)
+
+
+@dataclass
+class StepPlan:
+    """Sent with every step.
+
+    Attributes:
+        orders: compactions to run after the forward pass.
+        record: request id → (first position whose query is recorded for a coming compaction, tokens
+            computed once this step has run).
+        generations: compressed requests of this step → how often they were compacted. The worker
+            refuses to run a step when its own state disagrees.
+    """
+
+    orders: list[Order] = field(default_factory=list)
+    record: dict[str, tuple[int, int]] = field(default_factory=dict)
+    generations: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One order that has been run.
+
+    Attributes:
+        request_id, generation: which order.
+        tokens_seen: cached tokens before, summed over layers and KV heads of this rank.
+        tokens_kept: cached tokens after, the same sum.
+        score_seconds, move_seconds: wall time spent choosing and moving.
+    """
+
+    request_id: str
+    generation: int
+    tokens_seen: int
+    tokens_kept: int
+    score_seconds: float
+    move_seconds: float

@@ -1,0 +1,192 @@
+"""Scheduler side: which request is compacted when, to which blocks, and when blocks go back.
+
+The planner owns no blocks and moves no data. It reads vLLM's request and block state after each
+``schedule()``, sends orders with the step, and releases the prefix of a request's row once the
+worker has confirmed the order, before the next ``schedule()``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uncomp.config import UncompConfig
+from uncomp.engine.cache_manager import CompressedManager
+from uncomp.engine.counters import Counters
+from uncomp.engine.orders import Order, Receipt, StepPlan
+from uncomp.plan import Target
+from uncomp.request import RequestError, request_settings
+
+logger = logging.getLogger("vllm.uncomp")
+
+
+@dataclass
+class Tracked:
+    """What the planner knows of one scheduled request.
+
+    Attributes:
+        target: its budget.
+        trigger: computed tokens at which it is compacted next; ``None`` = never.
+        generation: compactions ordered since it was (re)scheduled.
+        full_blocks, kept: of the last compaction.
+        pending: an order whose receipt has not come yet.
+    """
+
+    target: Target
+    trigger: int | None
+    generation: int = 0
+    full_blocks: int = 0
+    kept: int = 0
+    pending: Order | None = None
+
+
+class CompactionPlanner:
+    """One per scheduler.
+
+    Args:
+        config: the server's settings.
+        manager: block manager of the only KV-cache group.
+        max_model_len: longest sequence the engine accepts.
+        needs_queries: whether the policy scores with the last queries, which must be recorded.
+        counters: where to count.
+    """
+
+    def __init__(
+        self,
+        config: UncompConfig,
+        manager: CompressedManager,
+        max_model_len: int,
+        needs_queries: bool,
+        counters: Counters,
+    ) -> None:
+        self.config = config
+        self.manager = manager
+        self.block_size = manager.block_size
+        self.max_model_len = max_model_len
+        self.window = config.window if needs_queries else 0
+        self.counters = counters
+        self.tracked: dict[str, Tracked] = {}
+
+    def plan(self, output: Any, requests: Mapping[str, Any]) -> StepPlan:
+        """Decide for the step that ``schedule()`` has just put together.
+
+        Args:
+            output: vLLM's ``SchedulerOutput``.
+            requests: vLLM's requests by id; ``num_computed_tokens`` counts this step already.
+        """
+        for request_id in output.finished_req_ids:
+            self.tracked.pop(request_id, None)
+        self._adopt((new.req_id for new in output.scheduled_new_reqs), requests)
+        self._adopt(output.scheduled_cached_reqs.resumed_req_ids, requests)
+        plan = StepPlan()
+        for request_id in output.num_scheduled_tokens:
+            tracked = self.tracked.get(request_id)
+            if tracked is None:
+                continue
+            if tracked.generation:
+                plan.generations[request_id] = tracked.generation
+            if tracked.trigger is None:
+                continue
+            computed = requests[request_id].num_computed_tokens
+            if self.window and computed > tracked.trigger - self.window:
+                plan.record[request_id] = (max(0, tracked.trigger - self.window), computed)
+            if computed >= tracked.trigger:
+                order = self._order(request_id, tracked, computed)
+                if order is not None:
+                    plan.orders.append(order)
+        return plan
+
+    def commit(self, plan: StepPlan | None, receipts: Iterable[Receipt]) -> None:
+        """Give back the blocks of confirmed orders.
+
+        Raises:
+            RuntimeError: the worker ran other orders than were sent. Going on would free blocks
+                that are still read, so the engine must stop.
+        """
+        orders = {order.request_id: order for order in (plan.orders if plan else ())}
+        receipts = list(receipts)
+        sent = {(o.request_id, o.generation) for o in orders.values()}
+        run = {(r.request_id, r.generation) for r in receipts}
+        if sent != run:
+            raise RuntimeError(
+                f"uncomp: orders sent and orders run differ: sent only {sorted(sent - run)}, run "
+                f"only {sorted(run - sent)}. The worker is not running uncomp's worker class."
+            )
+        for receipt in receipts:
+            order = orders[receipt.request_id]
+            tracked = self.tracked.get(receipt.request_id)
+            freed = 0
+            # Aborted or preempted in the meantime: its blocks are gone already.
+            if tracked is not None and tracked.pending is order:
+                tracked.pending = None
+                if receipt.request_id in self.manager.compacted:
+                    freed = self.manager.release_prefix(receipt.request_id, order.first_kept)
+            self.counters.compacted(order, receipt, freed)
+            logger.debug(
+                "compacted %s (%d): %d tokens, %d of %d full blocks kept, %d freed, "
+                "scoring %.1f ms, moving %.1f ms",
+                order.request_id,
+                order.generation,
+                order.num_tokens,
+                len(order.kept_blocks),
+                order.full_blocks,
+                freed,
+                receipt.score_seconds * 1e3,
+                receipt.move_seconds * 1e3,
+            )
+
+    def _adopt(self, request_ids: Iterable[str], requests: Mapping[str, Any]) -> None:
+        for request_id in request_ids:
+            target = self._target(requests[request_id])
+            if target is None:
+                self.tracked.pop(request_id, None)
+                continue
+            trigger = target.first_trigger(requests[request_id].num_tokens, self.max_model_len)
+            self.tracked[request_id] = Tracked(target, trigger)
+
+    def _target(self, request: Any) -> Target | None:
+        """The request's budget, or ``None`` (counted by reason) if it is served uncompressed."""
+        params = request.sampling_params
+        if params is None:
+            return None
+        if getattr(request, "resumable", False):
+            self.counters.refused("streaming_input")
+            return None
+        try:
+            settings = request_settings(params.extra_args, self.config, request.num_prompt_tokens)
+        except RequestError as error:
+            # The front end answers these with a 400; only a foreign front end gets here.
+            logger.warning("request %s is served uncompressed: %s", request.request_id, error)
+            self.counters.refused("invalid_settings")
+            return None
+        if not settings.compress:
+            self.counters.refused("opted_out")
+            return None
+        return Target.of(settings, self.config, self.block_size)
+
+    def _order(self, request_id: str, tracked: Tracked, computed: int) -> Order | None:
+        full = computed // self.block_size
+        held = tracked.kept + full - tracked.full_blocks
+        if not tracked.target.worthwhile(computed, held):
+            tracked.trigger = tracked.target.next_trigger(computed)
+            return None
+        keep = tracked.target.kept_blocks(computed)
+        blocks = self.manager.make_private(request_id, full - keep, full)
+        if blocks is None:
+            self.counters.refused("no_free_block")  # tried again with the next step
+            return None
+        tracked.generation += 1
+        tracked.full_blocks, tracked.kept = full, keep
+        tracked.trigger = tracked.target.next_trigger(computed)
+        tracked.pending = Order(
+            request_id,
+            computed,
+            full,
+            blocks,
+            tracked.generation,
+            tracked.target.settings.protect,
+        )
+        self.manager.compacted[request_id] = full - keep
+        return tracked.pending

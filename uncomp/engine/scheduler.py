@@ -1,0 +1,100 @@
+"""vLLM's schedulers with the planner attached; installed through ``scheduler_cls``."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from uncomp.engine.cache_manager import CompressedManager
+from uncomp.engine.counters import Counters, counter_file
+from uncomp.engine.orders import ATTRIBUTE
+from uncomp.engine.planner import CompactionPlanner
+from uncomp.engine.settings import engine_config, make_policy
+
+logger = logging.getLogger("vllm.uncomp")
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class _Compacting(_Base):
+    """Mixed in before a vLLM scheduler: plans after ``schedule``, commits before the update."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = engine_config(self.vllm_config)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], CompressedManager):
+            raise RuntimeError(
+                f"uncomp: expected one KV-cache group managed by CompressedManager, got "
+                f"{[type(m).__name__ for m in managers]}; this model mixes attention kinds or the "
+                f"worker did not install its cache spec"
+            )
+        self._manager = managers[0]
+        rank = self.vllm_config.parallel_config.data_parallel_index
+        self._counters = Counters(counter_file(self.vllm_config.instance_id, rank))
+        groups = self.kv_cache_config.kv_cache_groups
+        self._counters["block_bytes"] = sum(
+            group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups
+        )
+        self._planner = CompactionPlanner(
+            config,
+            self._manager,
+            self.max_model_len,
+            make_policy(config).needs_queries,
+            self._counters,
+        )
+        logger.info(
+            "uncomp is active in the scheduler: policy=%s %s, window=%d, sinks=%d, pooling=%d, "
+            "min_tokens=%d, recompact_every=%d, block size %d, %d blocks",
+            config.policy,
+            f"keep={config.keep}" if config.keep is not None else f"budget={config.budget}",
+            config.window,
+            config.sinks,
+            config.pooling,
+            config.min_tokens,
+            config.recompact_every,
+            self._manager.block_size,
+            self.kv_cache_manager.block_pool.num_gpu_blocks,
+        )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)
+        plan = self._planner.plan(output, self.requests)
+        self._counters.add("orders_sent", len(plan.orders))
+        setattr(output, ATTRIBUTE, plan)
+        self._observe()
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        receipts = getattr(model_runner_output, ATTRIBUTE, ())
+        self._planner.commit(getattr(scheduler_output, ATTRIBUTE, None), receipts)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._observe()
+        return outputs
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._counters.remove()
+
+    def _observe(self) -> None:
+        pool = self.kv_cache_manager.block_pool
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+        counters = self._counters
+        counters["blocks_held"] = held
+        counters["blocks_held_max"] = max(held, counters["blocks_held_max"])
+        running = len(self.running)
+        counters["requests_running_max"] = max(running, counters["requests_running_max"])
+
+
+class CompactingScheduler(_Compacting, Scheduler):
+    """For engines without async scheduling (CPU)."""
+
+
+class CompactingAsyncScheduler(_Compacting, AsyncScheduler):
+    """For engines with async scheduling."""

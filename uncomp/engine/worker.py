@@ -1,0 +1,89 @@
+"""vLLM's CPU worker with a seat for compression; installed through ``worker_cls``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, cast
+
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from uncomp.engine.calibrated import rank_entropies
+from uncomp.engine.compactor import Compactor, LayerCache
+from uncomp.engine.cpu_backend import SeatedBackend, SeatedImpl
+from uncomp.engine.cpu_layout import probe_layout
+from uncomp.engine.seat import QueryRing, Seat
+from uncomp.engine.state import CompressedRequests
+from uncomp.engine.worker_base import CompactingWorker
+
+logger = logging.getLogger("vllm.uncomp")
+
+
+class CompactingCPUWorker(CompactingWorker, CPUWorker):
+    """Compressed rows are attended to by vLLM's own CPU kernel."""
+
+    stock_backend = AttentionBackendEnum.CPU_ATTN
+    backend = SeatedBackend
+    _seat: Seat | None
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig, *args: Any) -> None:
+        super().initialize_from_config(kv_cache_config, *args)
+        builder = self._only_builder()
+        self._seat = builder.seat = self._make_seat(builder.isa)
+
+    def uncomp_report(self) -> dict[str, Any]:
+        """Facts about this process for `uncomp doctor` (called through ``collective_rpc``)."""
+        seat = self._seat
+        return {
+            **self._report(),
+            "compressed_requests": len(seat.requests) if seat else 0,
+            "recorded_requests": len(seat.ring) if seat and seat.ring else 0,
+            "key_layout": seat.compactor.layout.key.kind if seat else "",
+        }
+
+    def _make_seat(self, isa: str) -> Seat:
+        layers = self._attention_layers()
+        caches = []
+        for i, (name, layer) in enumerate(layers.items()):
+            assert isinstance(layer.impl, SeatedImpl)
+            layer.impl.layer_index = i
+            caches.append(
+                LayerCache(
+                    extract_layer_index(name),
+                    layer.kv_cache,
+                    layer.impl.scale,
+                    float(layer.impl.logits_soft_cap),
+                )
+            )
+        first = next(iter(layers.values()))
+        _, heads, block_size, _ = caches[0].cache.shape
+        layout = probe_layout(block_size, first.head_size, caches[0].cache.dtype, isa)
+        requests = CompressedRequests(len(caches), heads, block_size)
+        ring = None
+        if self._policy.needs_queries:
+            shape = (first.num_heads, first.head_size)
+            dtype = cast(torch.dtype, self.model_config.dtype)
+            ring = QueryRing(len(caches), self._uncomp.window, shape, dtype)
+        entropies = rank_entropies(
+            self._uncomp, self.vllm_config, [cache.index for cache in caches], heads
+        )
+        compactor = Compactor(
+            self._uncomp, self._policy, caches, layout, requests, entropies, self.rank
+        )
+        logger.info(
+            "uncomp is active in worker %d (pid %d): %s, %d layers, %d KV heads, block size %d, "
+            "keys stored %s, entropies %s",
+            self.rank,
+            os.getpid(),
+            self._backend_path(),
+            len(caches),
+            heads,
+            block_size,
+            layout.key.kind,
+            "calibrated" if entropies is not None else "from the prompt",
+        )
+        return Seat(requests, ring, compactor, self._row_ids, self._host_row)

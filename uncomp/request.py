@@ -1,0 +1,156 @@
+"""Settings of a single request: ``SamplingParams.extra_args`` or ``vllm_xargs`` in the OpenAI API.
+
+==================  ===============================================================================
+``kv_compress``     ``true``/``false`` (also 1/0, "on"/"off"): compress this request or not
+``kv_keep``         own keep ratio in (0, 1]
+``kv_budget``       own budget, tokens per KV head
+``kv_protect``      prompt tokens that are never dropped: Python slices, ``"0:200"``, ``"-64:"``,
+                    several as a list or separated by commas
+==================  ===============================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uncomp.config import UncompConfig
+
+KEYS = ("kv_compress", "kv_keep", "kv_budget", "kv_protect")
+_SLICE = re.compile(r"^\s*(-?\d+)?\s*:\s*(-?\d+)?\s*$")
+_SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+
+
+class RequestError(ValueError):
+    """A request asked for something that is not allowed; the API answers it with status 400."""
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What applies to one request after its own settings are merged with the server's.
+
+    ``protect`` holds half-open prompt spans ``(start, end)``, resolved, sorted and disjoint.
+    """
+
+    compress: bool
+    keep: float | None
+    budget: int | None
+    protect: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def protected_tokens(self) -> int:
+        return sum(end - start for start, end in self.protect)
+
+
+def request_settings(
+    extra_args: Mapping[str, Any] | None, config: UncompConfig, prompt_tokens: int
+) -> RequestSettings:
+    """Merge a request's own settings with the server's.
+
+    Raises:
+        RequestError: unknown ``kv_`` name, bad value, or an override the operator does not allow.
+    """
+    given = {k: v for k, v in (extra_args or {}).items() if k.startswith("kv_")}
+    unknown = sorted(set(given) - set(KEYS))
+    if unknown:
+        raise RequestError(f"unknown setting {unknown}; allowed: {list(KEYS)}")
+    if given and config.overrides == "forbid":
+        raise RequestError(
+            f"{sorted(given)}: this server does not allow per-request compression settings"
+        )
+    compress = _switch(given["kv_compress"]) if "kv_compress" in given else True
+    keep, budget = config.keep, config.budget
+    if "kv_keep" in given and "kv_budget" in given:
+        raise RequestError("give kv_keep or kv_budget, not both")
+    if "kv_keep" in given:
+        keep, budget = _ratio(given["kv_keep"]), None
+    elif "kv_budget" in given:
+        keep, budget = None, _budget(given["kv_budget"], config)
+    if "kv_keep" in given or "kv_budget" in given:
+        _check_bounds(keep, budget, config, prompt_tokens)
+    protect = _spans(given["kv_protect"], prompt_tokens) if "kv_protect" in given else ()
+    return RequestSettings(compress and keep != 1.0, keep, budget, protect)
+
+
+def _check_bounds(
+    keep: float | None, budget: int | None, config: UncompConfig, prompt_tokens: int
+) -> None:
+    share = keep if keep is not None else min(1.0, (budget or 0) / max(prompt_tokens, 1))
+    if share < config.min_keep:
+        raise RequestError(
+            f"the request keeps {share:.3f} of its KV cache; this server allows {config.min_keep} "
+            f"and more"
+        )
+    if config.overrides != "tighten":
+        return
+    own = (
+        config.keep
+        if config.keep is not None
+        else min(1.0, (config.budget or 0) / max(prompt_tokens, 1))
+    )
+    if share < own:
+        raise RequestError(
+            f"the request keeps {share:.3f} of its KV cache; on this server a request may only ask "
+            f"for more than the default of {own:.3f}"
+        )
+
+
+def _switch(value: Any) -> bool:
+    choice = _SWITCH.get(str(value).strip().lower())
+    if choice is None:
+        raise RequestError(f"kv_compress={value!r}: must be true or false")
+    return choice
+
+
+def _ratio(value: Any) -> float:
+    try:
+        ratio = float(value)
+    except (TypeError, ValueError):
+        ratio = float("nan")
+    if isinstance(value, bool) or not 0 < ratio <= 1:
+        raise RequestError(f"kv_keep={value!r}: must be a number in (0, 1], e.g. 0.25")
+    return ratio
+
+
+def _budget(value: Any, config: UncompConfig) -> int:
+    least = config.window + config.sinks
+    try:
+        number = float(value)
+        tokens = int(number)
+    except (TypeError, ValueError, OverflowError):
+        number, tokens = float("nan"), -1
+    if isinstance(value, bool) or tokens != number or tokens < least:
+        raise RequestError(
+            f"kv_budget={value!r}: must be a whole number of tokens, at least {least} "
+            f"(the window and the first tokens always stay)"
+        )
+    return tokens
+
+
+def _spans(value: Any, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    spans = []
+    for part in parts:
+        match = _SLICE.match(str(part))
+        if match is None:
+            raise RequestError(
+                f"kv_protect={value!r}: must be slices of the prompt such as '0:200' or '-64:', "
+                f"several as a list or separated by commas"
+            )
+        bounds = [None if text is None else int(text) for text in match.groups()]
+        start, end, _ = slice(*bounds).indices(prompt_tokens)
+        if start < end:
+            spans.append((start, end))
+    return _merge(sorted(spans))
+
+
+def _merge(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for start, end in spans:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
