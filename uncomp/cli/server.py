@@ -73,13 +73,15 @@ class Server:
         with self._open(path) as response:
             return response.read().decode()
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> Any:
         """The JSON answer to a JSON body.
 
         Raises:
             ServerError: a status other than 200; the message is the server's.
         """
-        with self._open(path, body) as response:
+        with self._open(path, body, headers) as response:
             return json.load(response)
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -100,10 +102,17 @@ class Server:
                 totals[name] = totals.get(name, 0.0) + float(value)
         return totals
 
-    def _open(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _open(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}{path}",
+            data,
+            {"Content-Type": "application/json", **(headers or {})},
         )
         try:
             return urllib.request.urlopen(request, timeout=self.timeout)

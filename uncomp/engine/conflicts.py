@@ -92,12 +92,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         ),
     ),
     Conflict(
-        "pipeline parallelism",
-        "not tested: vLLM's CPU engine does not run it",
-        "set --pipeline-parallel-size 1",
-        lambda c: c.parallel_config.pipeline_parallel_size > 1,
-    ),
-    Conflict(
         "a quantised KV cache",
         "scores are taken from plain keys, on GPUs also from FP8 (e4m3) ones",
         "set --kv-cache-dtype auto",
