@@ -6,7 +6,8 @@ Four comparisons, each with both sides on the same machine in one run:
    short as the kept part on stock vLLM (what no compression can beat);
 2. scoring and moving against prefill time;
 3. requests running at once in a pool that holds two full ones;
-4. stock vLLM against uncomp installed but not asked for, and against requests that opt out.
+4. stock vLLM against uncomp installed but not asked for, and against requests that opt out, in
+   turns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from uncomp.eval.bench.rows import Row, judge
 
 NAME = "cpu"
 OFF = {"kv_compress": False}
+#: how stock vLLM is compared with uncomp that is not used: whether it is on, environment
+ARMS: dict[str, tuple[bool, dict[str, str]]] = {
+    "stock": (False, {"VLLM_PLUGINS": ""}),
+    "installed, not asked for": (False, {}),
+    "on, requests opt out": (True, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Setting:
         requests, tokens, output: batch size, prompt length, generated tokens.
         keep: keep ratio.
         block_size: of every engine, so that all use the same kernels.
-        repeat: runs per arm of the off-means-off comparison.
+        rounds, repeat: engines per arm of the off-means-off comparison, and runs of each engine.
+            Engines differ by more than runs do, so an engine counts with its median run.
         threads: cores given to the engine, vLLM's ``VLLM_CPU_OMP_THREADS_BIND`` syntax.
     """
 
@@ -44,7 +52,8 @@ class Setting:
     keep: float = 0.05
     policy: str = "entropy"
     block_size: int = 32
-    repeat: int = 5
+    rounds: int = 4
+    repeat: int = 3
     threads: str = "0-1"
 
     @property
@@ -74,17 +83,18 @@ def bench(setting: Setting, say: Callable[[str], None]) -> list[Row]:
     """Run all comparisons; ``say`` reports progress."""
     rows: list[Row] = []
     short = max(1, round(setting.keep * setting.tokens))
-    say("1/4 eight long requests, compressed and not, in the same pool")
+    say("1/3 eight long requests, compressed and not, in the same pool")
     long_arm = _long(setting)
-    say("2/4 the same in a pool that holds two full requests")
+    say("2/3 the same in a pool that holds two full requests")
     tight = _tight(setting)
-    say(f"3/4 stock vLLM on prompts of {short} tokens, plugins not loaded")
-    arms = {"stock": _short(setting, short, False, VLLM_PLUGINS="")}
-    say("4/4 installed but not asked for; on, requests opting out; stock again")
-    arms["installed, not asked for"] = _short(setting, short, False)
-    arms["on, requests opt out"] = _short(setting, short, True)
-    arms["stock again"] = _short(setting, short, False, VLLM_PLUGINS="")
-    rows += _decode_rows(setting, long_arm, arms["stock"] + arms["stock again"], short)
+    arms: dict[str, list[float]] = {name: [] for name in ARMS}
+    for i in range(setting.rounds):
+        say(f"3/3 prompts of {short} tokens, compression not used: round {i + 1}")
+        order = list(ARMS.items())
+        # Forth and back, so that a machine that drifts treats all alike.
+        for name, (on, environment) in order if i % 2 == 0 else order[::-1]:
+            arms[name].append(_short(setting, short, on, **environment))
+    rows += _decode_rows(setting, long_arm, arms["stock"], short)
     rows += _cost_rows(setting, long_arm)
     rows += _pool_rows(setting, tight)
     rows += _off_rows(setting, arms, short)
@@ -118,13 +128,13 @@ def _tight(setting: Setting) -> dict[str, Any]:
     return {"compressed": compressed["compressed"][0], "full": full["full"][0]}
 
 
-def _short(setting: Setting, length: int, uncomp: bool, **env: str) -> list[float]:
+def _short(setting: Setting, length: int, uncomp: bool, **env: str) -> float:
     run = _request(setting, "short", length=length, repeat=setting.repeat)
     run["extra_args"] = OFF if uncomp else None
     blocks = setting.requests * math.ceil((length + setting.output) / setting.block_size) + 16
     arm = setting.arm(blocks, [run], uncomp, **env)
     arm["engine"]["max_model_len"] = length + setting.output + setting.block_size
-    return [repeat["decode_rate"] for repeat in run_arm(arm)["short"]]
+    return statistics.median(repeat["decode_rate"] for repeat in run_arm(arm)["short"])
 
 
 def _decode_rows(
@@ -187,7 +197,7 @@ def _pool_rows(setting: Setting, arms: dict[str, Any]) -> list[Row]:
 
 def _off_rows(setting: Setting, arms: dict[str, list[float]], short: int) -> list[Row]:
     what = f"{setting.requests} x {short} tokens"
-    reference = statistics.median(arms["stock"] + arms["stock again"])
+    reference = statistics.median(arms["stock"])
     rows = [
         _row(f"{what}, {name}", "decode throughput", "tokens/s", rates)
         for name, rates in arms.items()

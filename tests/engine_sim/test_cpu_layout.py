@@ -44,20 +44,23 @@ def test_probed_layout_reads_what_vllm_wrote(
         assert torch.equal(layout.values_at(cache, sub_blocks, slots % block_size), values[:, head])
 
 
-@pytest.mark.parametrize("kind", ["plain", "transposed", "permuted"])
-def test_what_is_written_is_read_back(kind: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "transposed", "paired", "permuted"])
+def test_what_is_written_is_read_back(kind: str, dtype: torch.dtype) -> None:
     size, dim = 4, 6
     order = torch.arange(size * dim)
     offsets = {
         "plain": order.view(size, dim),
         "transposed": order.view(dim, size).T,
+        # AMX: tiles of tokens, in them pairs of channels, in them tokens
+        "paired": order.view(2, dim // 2, 2, 2).permute(0, 2, 1, 3).reshape(size, dim),
         "permuted": torch.randperm(size * dim).view(size, dim),
     }
     half = HalfLayout.of(offsets[kind])
     assert half.kind == kind
     layout = CacheLayout(half, half)
-    cache = torch.full((5, 2, size, 2 * dim), float("nan"))
-    keys, values = torch.randn(2, 3, size, dim)
+    cache = torch.full((5, 2, size, 2 * dim), float("nan"), dtype=dtype)
+    keys, values = torch.randn(2, 3, size, dim).to(dtype)
     sub_blocks = torch.tensor([7, 2, 9])
     layout.write(cache, sub_blocks, keys, values)
     assert torch.equal(layout.keys(cache, sub_blocks), keys)

@@ -14,18 +14,25 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 
 
+#: bytes of an element -> dtype of two of them
+_PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}
+
+
 @dataclass(frozen=True)
 class HalfLayout:
     """Layout of the K half or the V half of a sub-block.
 
     Attributes:
         offsets: [block_size, head_size] int64, where channel c of token t lies.
-        kind: "plain" (offsets == t * head_size + c), "transposed" (t + c * block_size) or
-            "permuted"; the first two need no permutation, only a view.
+        kind: "plain" (offsets == t * head_size + c), "transposed" (t + c * block_size), "paired"
+            (pairs of channels, transposed in tiles of tokens) or "permuted"; all but the last can
+            be read through a view, which is several times faster than looking every element up.
+        pairs: of a paired layout: (tokens in a tile, strides between tiles, tokens and pairs).
     """
 
     offsets: Tensor
     kind: str
+    pairs: tuple[int, int, int, int] | None = None
 
     @classmethod
     def of(cls, offsets: Tensor) -> HalfLayout:
@@ -35,7 +42,8 @@ class HalfLayout:
             return cls(offsets, "plain")
         if torch.equal(offsets, order.view(channels, block).T):
             return cls(offsets, "transposed")
-        return cls(offsets, "permuted")
+        pairs = _pairs(offsets)
+        return cls(offsets, "permuted" if pairs is None else "paired", pairs)
 
     def tokens(self, flat: Tensor) -> Tensor:
         """[..., block_size * head_size] as stored -> [..., block_size, head_size]."""
@@ -44,6 +52,12 @@ class HalfLayout:
             return flat.unflatten(-1, (block, channels))
         if self.kind == "transposed":
             return flat.unflatten(-1, (channels, block)).transpose(-1, -2)
+        if self.pairs is not None:
+            tile, *strides = self.pairs
+            words = flat.reshape(-1, block * channels).view(_PAIR[flat.element_size()])
+            shape = (words.shape[0], block // tile, tile, channels // 2)
+            read = words.as_strided(shape, (words.shape[1], *strides)).contiguous()
+            return read.view(flat.dtype).view(*flat.shape[:-1], block, channels)
         return flat[..., self.offsets.flatten()].unflatten(-1, (block, channels))
 
     def rows(self, flat: Tensor, sub_blocks: Tensor, slots: Tensor) -> Tensor:
@@ -82,7 +96,8 @@ class CacheLayout:
 
     def keys(self, cache: Tensor, sub_blocks: Tensor) -> Tensor:
         """Keys of sub-blocks [...] -> [..., block_size, head_size] (a copy)."""
-        return self.key.tokens(self.halves(cache)[:, 0][sub_blocks])
+        stored = self.halves(cache)[:, 0].index_select(0, sub_blocks.flatten())
+        return self.key.tokens(stored.view(*sub_blocks.shape, -1))
 
     def values_at(self, cache: Tensor, sub_blocks: Tensor, slots: Tensor) -> Tensor:
         """Values of single tokens, indices [...] -> [..., head_size] (a copy)."""
@@ -93,6 +108,26 @@ class CacheLayout:
         halves = self.halves(cache)
         halves[sub_blocks, 0] = self.key.stored(keys)
         halves[sub_blocks, 1] = self.value.stored(values)
+
+
+def _pairs(offsets: Tensor) -> tuple[int, int, int, int] | None:
+    """`HalfLayout.pairs` of a layout, or ``None`` if it has another form."""
+    block, channels = offsets.shape
+    even = offsets[:, ::2]
+    adjacent = channels % 2 == 0 and bool((offsets[:, 1::2] == even + 1).all())
+    if not adjacent or bool((even % 2).any()):
+        return None
+    pairs = even // 2
+    tokens, step = pairs[:, 0], int(pairs[min(1, block - 1), 0])
+    run = (tokens == torch.arange(block) * step).long().cumprod(0)
+    tile = int(run.sum())
+    if tile == 0 or block % tile:
+        return None
+    far = int(tokens[tile % block])
+    pair = int(pairs[0, 1]) if channels > 2 else 0
+    token = torch.arange(block).unsqueeze(1)
+    form = token // tile * far + token % tile * step + torch.arange(channels // 2) * pair
+    return (tile, far, step, pair) if torch.equal(form, pairs) else None
 
 
 def probe_layout(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> CacheLayout:
