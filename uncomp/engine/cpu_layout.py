@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-
 #: bytes of an element -> dtype of two of them
 _PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}
 
