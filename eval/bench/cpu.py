@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 from uncomp.eval.bench.engines import run_arm
@@ -23,9 +24,15 @@ from uncomp.eval.bench.rows import Row, judge
 
 NAME = "cpu"
 OFF = {"kv_compress": False}
+# vLLM loads all plugins that it finds, its own among them: stock goes without ours only.
+_OTHERS = ",".join(
+    point.name
+    for point in entry_points(group="vllm.general_plugins")
+    if not point.value.startswith("uncomp.")
+)
 #: how stock vLLM is compared with uncomp that is not used: whether it is on, environment
 ARMS: dict[str, tuple[bool, dict[str, str]]] = {
-    "stock": (False, {"VLLM_PLUGINS": ""}),
+    "stock": (False, {"VLLM_PLUGINS": _OTHERS}),
     "installed, not asked for": (False, {}),
     "on, requests opt out": (True, {}),
 }

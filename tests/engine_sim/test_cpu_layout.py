@@ -71,6 +71,23 @@ def test_what_is_written_is_read_back(kind: str, dtype: torch.dtype) -> None:
     assert bool(cache.view(10, -1)[others].isnan().all())
 
 
+@pytest.mark.parametrize("almost", ["odd channels elsewhere", "odd channel first", "tiles mixed"])
+def test_what_is_almost_paired_is_looked_up(almost: str) -> None:
+    size, dim = 6, 4
+    offsets = torch.arange(size * dim).view(3, dim // 2, 2, 2).permute(0, 2, 1, 3)
+    if almost == "odd channel first":
+        offsets = offsets.flip(-1)
+    if almost == "tiles mixed":
+        offsets = offsets[[0, 2, 1]]
+    offsets = offsets.reshape(size, dim)
+    if almost == "odd channels elsewhere":
+        offsets[[0, 1], 1] = offsets[[1, 0], 1]
+    half = HalfLayout.of(offsets)
+    assert half.kind == "permuted"
+    tokens = torch.randn(3, size, dim)
+    assert torch.equal(half.tokens(half.stored(tokens)), tokens)
+
+
 @pytest.mark.parametrize("damage", ["twice", "missing", "other-half"])
 def test_a_layout_that_is_no_permutation_is_refused(
     monkeypatch: pytest.MonkeyPatch, damage: str

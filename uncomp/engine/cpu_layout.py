@@ -112,11 +112,9 @@ class CacheLayout:
 def _pairs(offsets: Tensor) -> tuple[int, int, int, int] | None:
     """`HalfLayout.pairs` of a layout, or ``None`` if it has another form."""
     block, channels = offsets.shape
-    even = offsets[:, ::2]
-    adjacent = channels % 2 == 0 and bool((offsets[:, 1::2] == even + 1).all())
-    if not adjacent or bool((even % 2).any()):
+    if channels % 2 or not torch.equal(offsets[:, 1::2], offsets[:, ::2] + 1):
         return None
-    pairs = even // 2
+    pairs = offsets[:, ::2] // 2
     tokens, step = pairs[:, 0], int(pairs[min(1, block - 1), 0])
     run = (tokens == torch.arange(block) * step).long().cumprod(0)
     tile = int(run.sum())
