@@ -154,7 +154,6 @@ def _decode_rows(
     return [
         _row(f"{what}, keep {setting.keep}", "decode throughput", "tokens/s", [rate]),
         _row(f"{what}, full KV, same pool", "decode throughput", "tokens/s", [full]),
-        _row(f"{setting.requests} x {short} tokens, stock", "decode throughput", "tokens/s", stock),
         _row(f"keep {setting.keep} over full KV", "decode speed-up", "x", [rate / full], least=2.2),
         _row(
             f"keep {setting.keep} over stock on {short} tokens",
