@@ -1,0 +1,1 @@
+"""What a finished run says: statistics, plots, an HTML page and a Markdown page."""

@@ -1,0 +1,1 @@
+"""Long-context tasks: each makes samples (text, questions, reference answers) for any length."""
