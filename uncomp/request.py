@@ -6,6 +6,9 @@
 ``kv_budget``       own budget, tokens per KV head
 ``kv_protect``      prompt tokens that are never dropped: Python slices, ``"0:200"``, ``"-64:"``,
                     several as a list or separated by commas
+``kv_policy``       own policy or preset
+``kv_settings``     own settings of the policy, an object or JSON text: ``{"pooling": 7}``
+``kv_report``       ``true``: the answer says what was kept (``kv_transfer_params.uncomp``)
 ==================  ===============================================================================
 """
 
@@ -17,8 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from uncomp.config import UncompConfig
+from uncomp.request_policy import own_config
 
-KEYS = ("kv_compress", "kv_keep", "kv_budget", "kv_protect")
+KEYS = (
+    "kv_compress",
+    "kv_keep",
+    "kv_budget",
+    "kv_protect",
+    "kv_policy",
+    "kv_settings",
+    "kv_report",
+)
 _SLICE = re.compile(r"^\s*(-?\d+)?\s*:\s*(-?\d+)?\s*$")
 _SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
@@ -31,13 +43,18 @@ class RequestError(ValueError):
 class RequestSettings:
     """What applies to one request after its own settings are merged with the server's.
 
-    ``protect`` holds half-open prompt spans ``(start, end)``, resolved, sorted and disjoint.
+    Attributes:
+        protect: half-open prompt spans ``(start, end)``, resolved, sorted and disjoint.
+        own: settings of the request's own policy; ``None`` = the server's.
+        report: whether the answer says what was kept.
     """
 
     compress: bool
     keep: float | None
     budget: int | None
     protect: tuple[tuple[int, int], ...] = ()
+    own: UncompConfig | None = None
+    report: bool = False
 
     @property
     def protected_tokens(self) -> int:
@@ -56,22 +73,37 @@ def request_settings(
     unknown = sorted(set(given) - set(KEYS))
     if unknown:
         raise RequestError(f"unknown setting {unknown}; allowed: {list(KEYS)}")
+    report = _switch("kv_report", given.pop("kv_report", False))
     if given and config.overrides == "forbid":
         raise RequestError(
             f"{sorted(given)}: this server does not allow per-request compression settings"
         )
-    compress = _switch(given["kv_compress"]) if "kv_compress" in given else True
+    own = _own(given, config)
+    compress = _switch("kv_compress", given["kv_compress"]) if "kv_compress" in given else True
     keep, budget = config.keep, config.budget
     if "kv_keep" in given and "kv_budget" in given:
         raise RequestError("give kv_keep or kv_budget, not both")
     if "kv_keep" in given:
         keep, budget = _ratio(given["kv_keep"]), None
     elif "kv_budget" in given:
-        keep, budget = None, _budget(given["kv_budget"], config)
+        keep, budget = None, _budget(given["kv_budget"], own or config)
     if "kv_keep" in given or "kv_budget" in given:
         _check_bounds(keep, budget, config, prompt_tokens)
     protect = _spans(given["kv_protect"], prompt_tokens) if "kv_protect" in given else ()
-    return RequestSettings(compress and keep != 1.0, keep, budget, protect)
+    return RequestSettings(compress and keep != 1.0, keep, budget, protect, own, report)
+
+
+def _own(given: Mapping[str, Any], config: UncompConfig) -> UncompConfig | None:
+    asked = [name for name in ("kv_policy", "kv_settings") if given.get(name) is not None]
+    if not asked:
+        return None
+    if config.overrides == "tighten":
+        raise RequestError(f"{asked}: on this server a request may only ask to keep more")
+    try:
+        own = own_config(given.get("kv_policy"), given.get("kv_settings"), config)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    return None if own == config else own
 
 
 def _check_bounds(
@@ -97,10 +129,10 @@ def _check_bounds(
         )
 
 
-def _switch(value: Any) -> bool:
+def _switch(name: str, value: Any) -> bool:
     choice = _SWITCH.get(str(value).strip().lower())
     if choice is None:
-        raise RequestError(f"kv_compress={value!r}: must be true or false")
+        raise RequestError(f"{name}={value!r}: must be true or false")
     return choice
 
 

@@ -50,6 +50,7 @@ class Answer:
         tokens: generated ids.
         logprobs: per token, id -> log-probability of the five best and the one chosen.
         greedy: whether the best token was asked for.
+        facts: what the engine says was kept, if the request asked (`kv_report`).
     """
 
     request_id: str
@@ -57,6 +58,7 @@ class Answer:
     tokens: list[int]
     logprobs: list[dict[int, float]]
     greedy: bool
+    facts: dict[str, Any] | None = None
 
 
 class Engine:
@@ -256,7 +258,8 @@ def _answers(ask: Ask, output: Any, request_id: str) -> list[Answer]:
     for sample in sorted(output.outputs, key=lambda o: o.index):
         own_id = request_id if ask.samples == 1 else f"{sample.index}_{request_id}"
         logprobs = [{t: e.logprob for t, e in step.items()} for step in sample.logprobs]
+        facts = (output.kv_transfer_params or {}).get("uncomp")
         answers.append(
-            Answer(own_id, ask.prompt, list(sample.token_ids), logprobs, ask.samples == 1)
+            Answer(own_id, ask.prompt, list(sample.token_ids), logprobs, ask.samples == 1, facts)
         )
     return answers

@@ -52,7 +52,7 @@ def _recorded(engine: Engine) -> Iterator[dict[str, Choice]]:
     found: dict[str, Choice] = {}
     current: list[Choice] = []
     worker = engine.core.model_executor.driver_worker.worker
-    compactor = worker._seat.compactor
+    compactor = worker._seat.compactors.default
     run, top_entries = compactor.run, compactor_module.top_entries
 
     def recording_run(order: Any, *args: Any) -> Any:

@@ -18,6 +18,7 @@ from traffic import OFF, Source
 from uncomp import policies
 from uncomp.calibration.collect import calibrate, load_model
 from uncomp.calibration.text import default_texts
+from uncomp.request import RequestError
 
 KEEP, SINKS, WINDOW, HEADS, LAYERS = 0.25, 4, 8, 3, 30
 SETTINGS = {"keep": KEEP, "min_tokens": 64, "recompact_every": 32}
@@ -153,17 +154,53 @@ def test_attended_to(outcome: Outcome, reference: Reference) -> None:
 
 def test_keeps_what_it_says(outcome: Outcome, policy: str) -> None:
     """The mark of each policy on the kept sets."""
-    check: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "streaming": lambda record: _most_recent(record),
-        "random": lambda record: not _same_in_all_heads(record) and _equal_shares(record),
-        "uniform": lambda record: not _same_in_all_heads(record) and _equal_shares(record),
-        "key_norm": lambda record: not _same_in_all_heads(record) and _equal_shares(record),
-        "key_difference": lambda record: not _same_in_all_heads(record) and _equal_shares(record),
-        "entropy": lambda record: not _equal_shares(record),
-        "adakv": lambda record: not _equal_shares(record),
-    }
     for record in outcome.records["long"]:
-        assert check[policy](record)
+        assert MARKS[policy](record)
+
+
+def test_requests_can_have_policies_of_their_own(demo_model: Path, tmp_path: Path) -> None:
+    """Side by side on one server; each keeps what its policy keeps and says how much."""
+    prompt = Source(demo_model).take(590)
+    asks = [
+        Ask(name, prompt, tokens=40, extra={"kv_policy": name, "kv_report": True})
+        for name in policies.NAMES
+    ]
+    window = {"kv_settings": {"window": 1, "sinks": 0, "recompact_every": 0}, "kv_report": True}
+    settings = {**SETTINGS, "policy": "random", "trace": str(tmp_path)}
+    with (
+        pytest.raises(RequestError, match="start it with one that does"),
+        running(demo_model, settings, max_model_len=1024) as engine,
+    ):
+        engine.serve(asks[:1])
+    with running(demo_model, {**settings, "policy": "entropy"}, max_model_len=1024) as engine:
+        answers = engine.serve([*asks, Ask("own window", prompt, tokens=40, extra=window)])
+        for name in policies.NAMES:
+            records = engine.trace(answers[name][0].request_id)
+            assert len(records) == 2
+            assert MARKS[name](records[0])
+            _check_report(answers[name][0], records)
+        [record] = engine.trace(answers["own window"][0].request_id)
+        assert not all(0 in kept for layer in record["kept"] for kept in layer)
+        assert engine.leftovers() == {}
+
+
+def _check_report(answer: Answer, records: list[dict[str, Any]]) -> None:
+    assert answer.facts is not None
+    last = records[-1]
+    tail = (last["num_tokens"] - last["full_blocks"] * BLOCK) * HEADS * LAYERS
+    kept = sum(len(kept) for layer in last["kept"] for kept in layer) + tail
+    full = last["num_tokens"] * HEADS * LAYERS
+    assert answer.facts == {
+        "compactions": len(records),
+        "tokens": last["num_tokens"],
+        "full_tokens": full,
+        "kept_tokens": kept,
+        "keep": pytest.approx(kept / full),
+    }
+
+
+def _unequal_positions(record: dict[str, Any]) -> bool:
+    return not _same_in_all_heads(record) and _equal_shares(record)
 
 
 def _equal_shares(record: dict[str, Any]) -> bool:
@@ -181,6 +218,18 @@ def _most_recent(record: dict[str, Any]) -> bool:
         for layer in record["kept"]
         for kept in layer
     )
+
+
+#: by policy, what shows in a record that it was this one
+MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "streaming": _most_recent,
+    "random": _unequal_positions,
+    "uniform": _unequal_positions,
+    "key_norm": _unequal_positions,
+    "key_difference": _unequal_positions,
+    "entropy": lambda record: not _equal_shares(record),
+    "adakv": lambda record: not _equal_shares(record),
+}
 
 
 def test_calibration_file_decides_budgets(demo_model: Path, tmp_path: Path) -> None:

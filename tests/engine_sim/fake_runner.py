@@ -327,9 +327,10 @@ class FakeRunner:
         self._read_heads(request_id, resident, tables, lengths, full)
 
     def _forced(self, order: Order, position: int) -> bool:
+        config = order.own or self.config
         return (
-            position < self.config.sinks
-            or position >= order.num_tokens - self.config.window
+            position < config.sinks
+            or position >= order.num_tokens - config.window
             or any(start <= position < end for start, end in order.protect)
         )
 

@@ -26,6 +26,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from uncomp.engine.by_config import ByConfig
 from uncomp.engine.cache_manager import CompressedManager, CompressedSpec
 from uncomp.engine.compactor import Compactor, LayerCache
 from uncomp.engine.cpu_layout import CacheLayout, HalfLayout
@@ -357,13 +358,16 @@ def _worker(setup: Setup, config: Any, runner: FakeRunner) -> CompactingCPUWorke
     queries = make_policy(config).needs_queries
     half = HalfLayout.of(torch.arange(shape.block_size).unsqueeze(1))
     requests = CompressedRequests(shape.layers, shape.heads, shape.block_size)
-    compactor = Compactor(
-        config,
-        RandomPolicy(queries, setup.seed),
-        [LayerCache(i, cache, 1.0, 0.0) for i, cache in enumerate(runner.caches)],
-        CacheLayout(half, half),
-        requests,
-    )
+
+    def compactor(config: Any) -> Compactor:
+        return Compactor(
+            config,
+            RandomPolicy(make_policy(config).needs_queries, setup.seed),
+            [LayerCache(i, cache, 1.0, 0.0) for i, cache in enumerate(runner.caches)],
+            CacheLayout(half, half),
+            requests,
+        )
+
     ring = None
     if queries:
         heads = (shape.heads * shape.group, 1)
@@ -371,6 +375,8 @@ def _worker(setup: Setup, config: Any, runner: FakeRunner) -> CompactingCPUWorke
     worker = object.__new__(CompactingCPUWorker)
     worker.model_runner = runner  # type: ignore[assignment]
     worker._receipts = []
-    worker._seat = Seat(requests, ring, compactor, worker._row_ids, worker._host_row)
+    worker._seat = Seat(
+        requests, ring, ByConfig(compactor(config), compactor), worker._row_ids, worker._host_row
+    )
     runner.seat = worker._seat
     return worker

@@ -39,13 +39,14 @@ def test_the_last_queries_come_back_in_order(tokens: int) -> None:
             for layer in range(layers):
                 rows = queries[layer, position : position + 1] * (1 if name == "mine" else -1)
                 record(rows, torch.tensor([address]), executions, layer)
-    last = store.last("mine", tokens)
+    last = store.last("mine", tokens, window)
     assert torch.equal(last, queries[:, max(0, tokens - window) :])
-    assert torch.equal(store.last("other", tokens), -last)
+    assert torch.equal(store.last("other", tokens, window), -last)
+    assert torch.equal(store.last("mine", tokens, 2), last[:, -2:])
     store.drop("mine")
     assert len(store) == 1
     with pytest.raises(RuntimeError, match="no queries were recorded for mine"):
-        store.last("mine", tokens)
+        store.last("mine", tokens, window)
 
 
 def test_buffers_never_move() -> None:

@@ -66,6 +66,12 @@ CONTRACT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (_CORE + "sched/output.py", "CachedRequestData", ("resumed_req_ids",)),
+    (
+        "v1/engine/__init__.py",
+        "EngineCoreOutput",
+        ("request_id", "finish_reason", "kv_transfer_params"),
+    ),
+    ("v1/engine/__init__.py", "EngineCoreOutputs", ("outputs",)),
     (_CORE + "block_pool.py", "BlockPool.get_num_free_blocks", ("self",)),
     (_CORE + "block_pool.py", "BlockPool.get_new_blocks", ("self", "num_blocks")),
     (_CORE + "block_pool.py", "BlockPool.free_blocks", ("self", "ordered_blocks")),

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from uncomp.config import UncompConfig
+from uncomp.engine.by_config import ByConfig
 from uncomp.engine.device_compactor import DeviceCompactor, Job
 from uncomp.engine.device_state import DeviceRequests, QueryStore, to_device
 from uncomp.engine.orders import Order, Receipt, StepPlan
@@ -55,7 +57,7 @@ class DeviceSeat:
     Args:
         requests: where compressed heads live.
         store: remembered queries; None if the policy needs none.
-        compactor: runs orders.
+        compactors: run orders.
         caches: KV caches of the attention layers.
         workspace: buffers of the decode kernel.
         max_requests: rows of a batch at most.
@@ -67,14 +69,14 @@ class DeviceSeat:
         self,
         requests: DeviceRequests,
         store: QueryStore | None,
-        compactor: DeviceCompactor,
+        compactors: ByConfig[DeviceCompactor],
         caches: Caches,
         workspace: DecodeWorkspace,
         max_requests: int,
         dtype: torch.dtype,
         runner: Runner,
     ) -> None:
-        self.requests, self.store, self.compactor = requests, store, compactor
+        self.requests, self.store, self.compactors = requests, store, compactors
         self.caches, self.workspace, self._runner = caches, workspace, runner
         self._dtype = dtype
         device = caches.device
@@ -121,7 +123,8 @@ class DeviceSeat:
             RuntimeError: the cache is too small for a compaction.
         """
         caches, device = self.caches, self.caches.device
-        config, name = self.compactor.config, "uncomp-warm-up"
+        compactor, name = self.compactors.default, "uncomp-warm-up"
+        config = compactor.config
         size = caches.block_size
         blocks = 3 + -(-(config.window + config.sinks) // size)
         if caches.tensors[0].shape[0] <= blocks:
@@ -145,7 +148,7 @@ class DeviceSeat:
             queries = query.expand(config.window, -1, -1).expand(caches.layers, -1, -1, -1)
         kept = tuple(range(2, blocks + 1))
         order = Order(name, blocks * size, blocks, kept, 1)
-        self.compactor.run([Job(order, 0, queries)], table)
+        compactor.run([Job(order, 0, queries)], table)
         self.requests.drop(name)
 
     def any_compressed(self) -> bool:
@@ -235,19 +238,28 @@ class DeviceSeat:
             return []
         ids = self._runner.row_ids()
         table = self._runner.block_table()
-        jobs = []
+        jobs: dict[UncompConfig | None, list[Job]] = {}
         for order in plan.orders:
-            queries = None
-            if self.store is not None:
-                queries = self.store.last(order.request_id, order.num_tokens)
-            jobs.append(Job(order, ids.index(order.request_id), queries))
-        receipts = self.compactor.run(jobs, table)
+            queries = self._window(order)
+            job = Job(order, ids.index(order.request_id), queries)
+            jobs.setdefault(order.own, []).append(job)
+        receipts: list[Receipt] = []
+        for own, same in jobs.items():
+            receipts += self.compactors.of(own).run(same, table)
         for order in plan.orders:
             if self.store is not None:
                 self.store.drop(order.request_id)
             self._runner.replace_blocks(order.request_id, order.first_kept, order.kept_blocks)
-        self.orders_run += len(jobs)
+        self.orders_run += len(plan.orders)
         return receipts
+
+    def _window(self, order: Order) -> Tensor | None:
+        """The queries that score an order, if its policy wants any."""
+        compactor = self.compactors.of(order.own)
+        if not compactor.policy.needs_queries:
+            return None
+        assert self.store is not None
+        return self.store.last(order.request_id, order.num_tokens, compactor.config.window)
 
     def _set_slots(self, slots: list[int]) -> None:
         slots = slots + [-1] * (len(self._slots_now) - len(slots))

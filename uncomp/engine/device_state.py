@@ -117,8 +117,9 @@ class QueryStore:
         start = buffer.data_ptr()
         return [start + p % self.window * self._row_bytes for p in range(first, last)]
 
-    def last(self, request_id: str, num_tokens: int) -> Tensor:
-        """[layers, w, query heads, head size], the last queries before `num_tokens`, a copy.
+    def last(self, request_id: str, num_tokens: int, window: int) -> Tensor:
+        """[layers, w, query heads, head size], the last w = `window` (or all there are) queries
+        before `num_tokens`, a copy.
 
         Raises:
             RuntimeError: none were recorded.
@@ -133,6 +134,7 @@ class QueryStore:
             ordered = buffer[:num_tokens]
         else:
             ordered = torch.cat([buffer[oldest:], buffer[:oldest]])
+        ordered = ordered[-window:]
         return ordered.transpose(0, 1).contiguous()
 
     def drop(self, request_id: str) -> None:

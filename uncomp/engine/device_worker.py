@@ -11,11 +11,14 @@ from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from uncomp.config import UncompConfig
 from uncomp.engine.arena import LEAST_BYTES, Arena
+from uncomp.engine.by_config import ByConfig
 from uncomp.engine.calibrated import rank_entropies
 from uncomp.engine.device_compactor import DeviceCompactor
 from uncomp.engine.device_seat import DeviceSeat
 from uncomp.engine.device_state import DeviceRequests, QueryStore
+from uncomp.engine.settings import make_policy
 from uncomp.engine.worker_base import CompactingWorker
 from uncomp.kernels.decode import DecodeWorkspace, programs
 from uncomp.kernels.paged import Caches
@@ -110,25 +113,31 @@ class DeviceWorker(CompactingWorker):
             shape = (first.num_heads, first.head_size)
             store = QueryStore(caches.layers, self._uncomp.window, shape, dtype, caches.device)
         numbers = [extract_layer_index(name) for name in layers]
-        entropies = rank_entropies(self._uncomp, self.vllm_config, numbers, caches.heads)
         shape4 = (caches.layers, *tensors[0].shape[:3])
         positions = torch.zeros(shape4, dtype=torch.int32, device=caches.device)
-        assert self._arena is not None
-        compactor = DeviceCompactor(
-            self._uncomp,
-            self._policy,
-            caches,
-            positions,
-            numbers,
-            torch.tensor([impl.scale for impl in impls], device=caches.device),
-            torch.tensor(
-                [float(impl.logits_soft_cap or 0) for impl in impls], device=caches.device
-            ),
-            requests,
-            self._arena,
-            entropies,
-            self.rank,
-        )
+        arena = self._arena
+        assert arena is not None
+        scaling = torch.tensor([impl.scale for impl in impls], device=caches.device)
+        softcaps = [float(impl.logits_soft_cap or 0) for impl in impls]
+        capping = torch.tensor(softcaps, device=caches.device)
+
+        def compactor(config: UncompConfig) -> DeviceCompactor:
+            entropies = rank_entropies(config, self.vllm_config, numbers, caches.heads)
+            return DeviceCompactor(
+                config,
+                make_policy(config),
+                caches,
+                positions,
+                numbers,
+                scaling,
+                capping,
+                requests,
+                arena,
+                entropies,
+                self.rank,
+            )
+
+        default = compactor(self._uncomp)
         # Batches are padded to the size of a captured graph.
         graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(most, graphs)
@@ -150,6 +159,7 @@ class DeviceWorker(CompactingWorker):
             caches.layers,
             caches.heads,
             caches.block_size,
-            "calibrated" if entropies is not None else "from the prompt",
+            "calibrated" if default.calibrated is not None else "from the prompt",
         )
-        return DeviceSeat(requests, store, compactor, caches, workspace, rows, dtype, self)
+        compactors = ByConfig(default, compactor)
+        return DeviceSeat(requests, store, compactors, caches, workspace, rows, dtype, self)

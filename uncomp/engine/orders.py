@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from uncomp.config import UncompConfig
+
 ATTRIBUTE = "uncomp"
 
 
@@ -22,6 +24,7 @@ class Order:
             ``[full_blocks - len(kept_blocks), full_blocks)`` and belong to this request alone.
         generation: 1 for the first compaction since the request was (re)scheduled, then 2, 3, ...
         protect: half-open spans of positions that must survive.
+        own: settings of the request's own policy; ``None`` = the server's.
     """
 
     request_id: str
@@ -30,6 +33,7 @@ class Order:
     kept_blocks: tuple[int, ...]
     generation: int
     protect: tuple[tuple[int, int], ...] = ()
+    own: UncompConfig | None = None
 
     @property
     def first_kept(self) -> int:

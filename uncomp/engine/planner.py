@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from uncomp.config import UncompConfig
 from uncomp.engine.cache_manager import CompressedManager
 from uncomp.engine.counters import Counters
 from uncomp.engine.orders import Order, Receipt, StepPlan
+from uncomp.engine.report import Report
 from uncomp.plan import Target
 from uncomp.request import RequestError, request_settings
+from uncomp.request_policy import needs_queries
 
 logger = logging.getLogger("vllm.uncomp")
 
@@ -28,18 +30,22 @@ class Tracked:
 
     Attributes:
         target: its budget.
+        window: queries to remember before a compaction.
         trigger: computed tokens at which it is compacted next; ``None`` = never.
         generation: compactions ordered since it was (re)scheduled.
         full_blocks, kept: of the last compaction.
         pending: an order whose receipt has not come yet.
+        report: what was kept so far.
     """
 
     target: Target
     trigger: int | None
+    window: int = 0
     generation: int = 0
     full_blocks: int = 0
     kept: int = 0
     pending: Order | None = None
+    report: Report = field(default_factory=Report)
 
 
 class CompactionPlanner:
@@ -49,7 +55,6 @@ class CompactionPlanner:
         config: the server's settings.
         manager: block manager of the only KV-cache group.
         max_model_len: longest sequence the engine accepts.
-        needs_queries: whether the policy scores with the last queries, which must be recorded.
         counters: where to count.
     """
 
@@ -58,14 +63,12 @@ class CompactionPlanner:
         config: UncompConfig,
         manager: CompressedManager,
         max_model_len: int,
-        needs_queries: bool,
         counters: Counters,
     ) -> None:
         self.config = config
         self.manager = manager
         self.block_size = manager.block_size
         self.max_model_len = max_model_len
-        self.window = config.window if needs_queries else 0
         self.counters = counters
         self.tracked: dict[str, Tracked] = {}
 
@@ -90,8 +93,8 @@ class CompactionPlanner:
             if tracked.trigger is None:
                 continue
             computed = requests[request_id].num_computed_tokens
-            if self.window and computed > tracked.trigger - self.window:
-                plan.record[request_id] = (max(0, tracked.trigger - self.window), computed)
+            if tracked.window and computed > tracked.trigger - tracked.window:
+                plan.record[request_id] = (max(0, tracked.trigger - tracked.window), computed)
             if computed >= tracked.trigger:
                 order = self._order(request_id, tracked, computed)
                 if order is not None:
@@ -121,6 +124,7 @@ class CompactionPlanner:
             # Aborted or preempted in the meantime: its blocks are gone already.
             if tracked is not None and tracked.pending is order:
                 tracked.pending = None
+                tracked.report.add(order, receipt)
                 if receipt.request_id in self.manager.compacted:
                     freed = self.manager.release_prefix(receipt.request_id, order.first_kept)
             self.counters.compacted(order, receipt, freed)
@@ -144,7 +148,9 @@ class CompactionPlanner:
                 self.tracked.pop(request_id, None)
                 continue
             trigger = target.first_trigger(requests[request_id].num_tokens, self.max_model_len)
-            self.tracked[request_id] = Tracked(target, trigger)
+            own = target.settings.own or self.config
+            window = own.window if needs_queries(own) else 0
+            self.tracked[request_id] = Tracked(target, trigger, window)
 
     def _target(self, request: Any) -> Target | None:
         """The request's budget, or ``None`` (counted by reason) if it is served uncompressed."""
@@ -164,7 +170,14 @@ class CompactionPlanner:
         if not settings.compress:
             self.counters.refused("opted_out")
             return None
-        return Target.of(settings, self.config, self.block_size)
+        return Target.of(settings, settings.own or self.config, self.block_size)
+
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        """What is kept of a request that asked to be told; ``None`` for others."""
+        tracked = self.tracked.get(request_id)
+        if tracked is None or not tracked.target.settings.report:
+            return None
+        return tracked.report.facts()
 
     def _order(self, request_id: str, tracked: Tracked, computed: int) -> Order | None:
         full = computed // self.block_size
@@ -187,6 +200,7 @@ class CompactionPlanner:
             blocks,
             tracked.generation,
             tracked.target.settings.protect,
+            tracked.target.settings.own,
         )
         self.manager.compacted[request_id] = full - keep
         return tracked.pending

@@ -12,7 +12,7 @@ from uncomp.engine.cache_manager import CompressedManager
 from uncomp.engine.counters import Counters, counter_file
 from uncomp.engine.orders import ATTRIBUTE
 from uncomp.engine.planner import CompactionPlanner
-from uncomp.engine.settings import engine_config, make_policy
+from uncomp.engine.settings import engine_config
 
 logger = logging.getLogger("vllm.uncomp")
 
@@ -46,7 +46,6 @@ class _Compacting(_Base):
             config,
             self._manager,
             self.max_model_len,
-            make_policy(config).needs_queries,
             self._counters,
         )
         logger.info(
@@ -75,8 +74,21 @@ class _Compacting(_Base):
         receipts = getattr(model_runner_output, ATTRIBUTE, ())
         self._planner.commit(getattr(scheduler_output, ATTRIBUTE, None), receipts)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._report(outputs)
         self._observe()
         return outputs
+
+    def _report(self, outputs: dict[int, Any]) -> None:
+        """Tell requests that end, if they asked, what was kept of them.
+
+        vLLM's field for facts about a request's KV cache is free: KV connectors are refused.
+        """
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                if output.finish_reason is not None:
+                    facts = self._planner.report(output.request_id)
+                    if facts is not None:
+                        output.kv_transfer_params = {"uncomp": facts}
 
     def shutdown(self) -> None:
         super().shutdown()

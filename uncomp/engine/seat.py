@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uncomp.engine.by_config import ByConfig
 from uncomp.engine.compactor import Compactor
 from uncomp.engine.orders import Receipt, StepPlan
 from uncomp.engine.state import CompressedRequests, Slot
@@ -55,9 +56,10 @@ class QueryRing:
         at = np.arange(first, last) % self.window
         return at + self._slots[request_id] * self.window
 
-    def last(self, request_id: str, num_tokens: int) -> Tensor:
-        """[layers, w, query heads, head size], the last queries before ``num_tokens``."""
-        count = min(self.window, num_tokens)
+    def last(self, request_id: str, num_tokens: int, window: int) -> Tensor:
+        """[layers, w, query heads, head size], the last w = ``window`` (or all there are) queries
+        before ``num_tokens``."""
+        count = min(window, num_tokens)
         if request_id not in self._slots:
             raise RuntimeError(
                 f"uncomp: no queries were recorded for {request_id}, which is to be compacted at "
@@ -110,7 +112,7 @@ class Seat:
     Args:
         requests: where compressed heads live.
         ring: remembered queries; ``None`` if the policy needs none.
-        compactor: runs orders.
+        compactors: run orders.
         row_ids: returns the request ids of the batch rows, in order.
         block_row: request id -> its row of block ids (append-only, int).
     """
@@ -119,11 +121,11 @@ class Seat:
         self,
         requests: CompressedRequests,
         ring: QueryRing | None,
-        compactor: Compactor,
+        compactors: ByConfig[Compactor],
         row_ids: Callable[[], list[str]],
         block_row: Callable[[str], Tensor],
     ) -> None:
-        self.requests, self.ring, self.compactor = requests, ring, compactor
+        self.requests, self.ring, self.compactors = requests, ring, compactors
         self._row_ids, self._block_row = row_ids, block_row
         self._plan: StepPlan | None = None
         self.orders_run = 0
@@ -182,11 +184,14 @@ class Seat:
         plan, self._plan = self._plan, None
         receipts = []
         for order in plan.orders if plan is not None else ():
+            compactor = self.compactors.of(order.own)
             queries = None
-            if self.ring is not None:
-                queries = self.ring.last(order.request_id, order.num_tokens)
+            if compactor.policy.needs_queries:
+                assert self.ring is not None
+                window = compactor.config.window
+                queries = self.ring.last(order.request_id, order.num_tokens, window)
             row = self._block_row(order.request_id)
-            receipts.append(self.compactor.run(order, row, queries))
+            receipts.append(compactor.run(order, row, queries))
             if self.ring is not None:
                 self.ring.drop(order.request_id)
             self.orders_run += 1

@@ -12,11 +12,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from uncomp.config import UncompConfig
+from uncomp.engine.by_config import ByConfig
 from uncomp.engine.calibrated import rank_entropies
 from uncomp.engine.compactor import Compactor, LayerCache
 from uncomp.engine.cpu_backend import SeatedBackend, SeatedImpl
 from uncomp.engine.cpu_layout import probe_layout
 from uncomp.engine.seat import QueryRing, Seat
+from uncomp.engine.settings import make_policy
 from uncomp.engine.state import CompressedRequests
 from uncomp.engine.worker_base import CompactingWorker
 
@@ -42,7 +45,7 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
             **self._report(),
             "compressed_requests": len(seat.requests) if seat else 0,
             "recorded_requests": len(seat.ring) if seat and seat.ring else 0,
-            "key_layout": seat.compactor.layout.key.kind if seat else "",
+            "key_layout": seat.compactors.default.layout.key.kind if seat else "",
         }
 
     def _make_seat(self, isa: str) -> Seat:
@@ -68,12 +71,14 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
             shape = (first.num_heads, first.head_size)
             dtype = cast(torch.dtype, self.model_config.dtype)
             ring = QueryRing(len(caches), self._uncomp.window, shape, dtype)
-        entropies = rank_entropies(
-            self._uncomp, self.vllm_config, [cache.index for cache in caches], heads
-        )
-        compactor = Compactor(
-            self._uncomp, self._policy, caches, layout, requests, entropies, self.rank
-        )
+        indices = [cache.index for cache in caches]
+
+        def compactor(config: UncompConfig) -> Compactor:
+            entropies = rank_entropies(config, self.vllm_config, indices, heads)
+            policy = make_policy(config)
+            return Compactor(config, policy, caches, layout, requests, entropies, self.rank)
+
+        default = compactor(self._uncomp)
         logger.info(
             "uncomp is active in worker %d (pid %d): %s, %d layers, %d KV heads, block size %d, "
             "keys stored %s, entropies %s",
@@ -84,6 +89,7 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
             heads,
             block_size,
             layout.key.kind,
-            "calibrated" if entropies is not None else "from the prompt",
+            "calibrated" if default.calibrated is not None else "from the prompt",
         )
-        return Seat(requests, ring, compactor, self._row_ids, self._host_row)
+        compactors = ByConfig(default, compactor)
+        return Seat(requests, ring, compactors, self._row_ids, self._host_row)
