@@ -211,9 +211,9 @@ class UncompConfig:
 
 def _policy_names() -> tuple[str, ...]:
     # Imported late: policies import torch, and reading the settings' help should not.
-    from uncomp.policies import NAMES
+    from uncomp.policies import names
 
-    return tuple(NAMES)
+    return names()
 
 
 def _preset(policy: Any, keep: Any) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""The methods that are compared, each one a name and its configuration.
+
+A method is applied per request (``kv_policy``, ``kv_settings``, ``kv_keep``), so that one engine
+answers the same prompt under all of them and the prefix cache computes it once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from uncomp.config import PRESETS, UncompConfig
+from uncomp.eval.run.records import Case
+
+#: keep ratios that are compared unless others are asked for
+KEEPS = (0.5, 0.25, 0.125, 0.0625)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to keep a cache small.
+
+    Attributes:
+        name: short, as in tables.
+        about: what it is and where it comes from.
+        settings: of :class:`uncomp.config.UncompConfig`, beside the keep ratio; empty for the full
+            cache.
+        full: nothing is dropped.
+        calibrated: needs a calibration file (entropies of queries).
+        engine: arguments of the engine it needs, if not those of the run.
+    """
+
+    name: str
+    about: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    full: bool = False
+    calibrated: bool = False
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    def request(self, keep: float) -> dict[str, Any]:
+        """``extra_args`` of a request (values that also fit ``vllm_xargs``)."""
+        if self.full:
+            return {"kv_compress": "false"}
+        # Said even where it is the default: the engine's own may be those of another method.
+        rest: dict[str, Any] = {"window": UncompConfig(keep=1.0).window}
+        if not self.calibrated:
+            rest["calibration"] = None
+        rest |= {name: value for name, value in self.settings.items() if name != "policy"}
+        return {
+            "kv_keep": keep,
+            "kv_report": "true",
+            "kv_policy": self.settings.get("policy", UncompConfig(keep=1.0).policy),
+            "kv_settings": json.dumps(rest, sort_keys=True),
+        }
+
+    def config(self, keep: float = 1.0, **others: Any) -> UncompConfig:
+        """The configuration object of an engine that serves only this method."""
+        return UncompConfig.from_mapping({"keep": keep, **self.settings, **others})
+
+
+def _entropy(name: str, about: str, **settings: Any) -> Method:
+    return Method(name, about, {"policy": "entropy", **settings})
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("full", "full KV cache, the reference", full=True),
+        Method(
+            "full-fp8",
+            "full KV cache stored as FP8 (e4m3); where the engine has it",
+            full=True,
+            engine={"kv_cache_dtype": "fp8"},
+        ),
+        Method("random", "tokens by chance (floor)", {"policy": "random"}),
+        Method(
+            "streaming",
+            "first and last tokens (StreamingLLM, Xiao et al. 2024)",
+            {"policy": "streaming"},
+        ),
+        Method(
+            "snapkv",
+            "attention of the last queries, equal budgets (SnapKV, Li et al. 2024), with this "
+            "project's pooling",
+            {"policy": "uniform"},
+        ),
+        Method(
+            "snapkv-paper",
+            "SnapKV with its published pooling width of 7 and window of 32",
+            {"policy": "uniform", "pooling": 7, "window": 32, "sinks": 0},
+        ),
+        Method(
+            "adakv",
+            "SnapKV's scores, shares dealt by score within a layer (Ada-KV, Feng et al. 2024)",
+            {"policy": "adakv"},
+        ),
+        Method("key-norm", "smallest keys (Devoto et al. 2024)", {"policy": "key_norm"}),
+        Method(
+            "key-difference",
+            "keys least like the mean key (KeyDiff, Park et al. 2025)",
+            {"policy": "key_difference"},
+        ),
+        _entropy("entropy", "shares by renormalised truncated entropy of the prompt's keys"),
+        _entropy("entropy-raw", "shares by raw truncated entropy", measure="raw"),
+        _entropy("entropy-full", "shares by full entropy", measure="full"),
+        _entropy("entropy-reversed", "control: high entropy keeps less", reverse=True),
+        Method("uncomp-v1", "UNComp v1 as published", {"policy": "uncomp-v1"}, calibrated=True),
+        Method("uncomp-v2", "UNComp v2 as published", {"policy": "uncomp-v2"}, calibrated=True),
+    )
+}
+
+#: Known methods that cannot be run, with the reason.
+IMPOSSIBLE = {
+    "pyramidkv": (
+        "PyramidKV gives every layer a budget of its own. vLLM's block table is shared by all "
+        "layers of a cache group, so a block is only freed when every layer gives it up: unequal "
+        "layers would be freed at the size of the largest. Budgets here differ between heads, not "
+        "between layers"
+    )
+}
+
+
+def find(
+    names: Iterable[str], extra: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Method]:
+    """Methods by name, the full cache first (it is always run: everything is compared with it).
+
+    Args:
+        extra: further methods of the user's, name to settings.
+
+    Raises:
+        ValueError: unknown or impossible; says what there is.
+    """
+    known = dict(METHODS)
+    for name, settings in (extra or {}).items():
+        if name in known:
+            raise ValueError(f"method {name!r} is built in: give yours another name")
+        known[name] = Method(name, "given by the user", dict(settings))
+    chosen: dict[str, Method] = {"full": known["full"]}
+    for name in names:
+        if name in IMPOSSIBLE:
+            raise ValueError(f"method {name!r} is not possible here: {IMPOSSIBLE[name]}")
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}; there are: {', '.join(known)}")
+        chosen[name] = known[name]
+    for method in chosen.values():
+        if not method.full and not method.calibrated:
+            method.config()
+    return list(chosen.values())
+
+
+def cases(methods: Sequence[Method], keeps: Sequence[float]) -> list[Case]:
+    """Every method at every keep ratio; the full cache once."""
+    found: list[Case] = []
+    for method in methods:
+        found += [Case(method.name, keep) for keep in ((1.0,) if method.full else keeps)]
+    return found
+
+
+def server_settings(methods: Sequence[Method], calibration: str | None = None) -> dict[str, Any]:
+    """Settings of an engine that can answer under all of these methods.
+
+    It compresses nothing unless asked, and remembers as many queries as the widest window needs.
+    """
+    windows = [
+        {**PRESETS.get(m.settings.get("policy", ""), {}), **m.settings}.get("window", 0)
+        for m in methods
+    ]
+    window = max([UncompConfig(keep=1.0).window, *windows])
+    settings: dict[str, Any] = {"keep": 1.0, "policy": "entropy", "window": window}
+    if calibration is not None:
+        settings["calibration"] = calibration
+    return settings

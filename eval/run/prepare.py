@@ -1,0 +1,67 @@
+"""First stage: make the samples of every task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from uncomp.eval.run.plan import Plan, PlanError
+from uncomp.eval.run.store import Store
+from uncomp.eval.tasks.base import DataFile, Sample, Task, Wanted
+
+
+def prepare(
+    store: Store, tasks: Sequence[Task], tokenizer: Any, say: Callable[[str], None]
+) -> list[Sample]:
+    """The run's samples: those on disk, or made now and written.
+
+    Args:
+        tokenizer: of the model; generators fill lengths with it.
+        say: takes progress lines.
+
+    Raises:
+        PlanError: two samples have the same name, or a task made none.
+        DataError: data cannot be had.
+    """
+    done = store.samples()
+    if done is not None:
+        return done
+    samples: list[Sample] = []
+    data: dict[str, DataFile] = {}
+    for task in tasks:
+        made = _of_task(task, store.plan, tokenizer, data)
+        say(f"{task.name}: {len(made)} samples")
+        samples += made
+    names = [(sample.task, sample.id) for sample in samples]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PlanError(f"two samples are called {twice}: the task's generator repeats ids")
+    store.add_facts(
+        data=[dataclasses.asdict(file) for file in data.values()],
+        tasks={task.name: {"source": task.source, "licence": task.licence} for task in tasks},
+    )
+    store.write_samples(samples)
+    return samples
+
+
+def _of_task(task: Task, plan: Plan, tokenizer: Any, data: dict[str, DataFile]) -> list[Sample]:
+    made: dict[str, Sample] = {}
+    for length in plan.lengths:
+        folder = Path(plan.data) if plan.data else None
+        wanted = Wanted(length, plan.samples, plan.seed, tokenizer, folder)
+        built = task.build(wanted)
+        data |= {f"{file.name} {file.sha256}": file for file in built.data}
+        for sample in built.samples:
+            # Real documents do not depend on the wanted length: a row that comes again is the same.
+            facts = {"length": length, **sample.facts}
+            if made.get(sample.id, sample).context != sample.context:
+                raise PlanError(
+                    f"{task.name}: two different samples are called {sample.id}; the task's "
+                    f"generator repeats ids"
+                )
+            made.setdefault(sample.id, dataclasses.replace(sample, facts=facts))
+    if not made:
+        raise PlanError(f"{task.name} made no sample")
+    return list(made.values())

@@ -1,0 +1,85 @@
+"""Third stage: from answers to numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from uncomp.eval.run.plan import PlanError
+from uncomp.eval.run.predict import Key, key
+from uncomp.eval.run.records import Case, Prediction, Scored
+from uncomp.eval.run.store import Store
+from uncomp.eval.tasks import scorers, teacher_forcing
+from uncomp.eval.tasks.base import Sample
+
+#: metrics of which less is better
+LOWER = ("nll", "nll_increase", "kl")
+
+
+def score(store: Store, samples: Sequence[Sample]) -> list[Scored]:
+    """Score every prediction of the run and write the scores.
+
+    Raises:
+        PlanError: a likelihood turn has no answer of the full cache to be compared with.
+    """
+    by_name = {(sample.task, sample.id): sample for sample in samples}
+    full: dict[Key, Prediction] = {}
+    for prediction in store.predictions():
+        if prediction.case.method == "full" and prediction.logprobs is not None:
+            full[_of_full(prediction)] = prediction
+    scores = [
+        scored
+        for prediction in store.predictions()
+        for scored in _scored(prediction, by_name[prediction.task, prediction.sample], full)
+    ]
+    store.write_scores(scores)
+    return scores
+
+
+def _scored(
+    prediction: Prediction, sample: Sample, full: dict[Key, Prediction]
+) -> Iterator[Scored]:
+    turn = sample.turns[prediction.turn]
+    one = Scored(
+        task=prediction.task,
+        sample=prediction.sample,
+        turn=prediction.turn,
+        case=prediction.case,
+        metric=sample.metric,
+        value=0.0,
+        keep_measured=_keep(prediction),
+        prompt_tokens=prediction.prompt_tokens,
+        cut_tokens=prediction.cut_tokens,
+        output_tokens=prediction.output_tokens,
+        facts=sample.facts,
+    )
+    if prediction.logprobs is None:
+        yield replace(one, value=scorers.score(sample.metric, prediction.text, turn, sample))
+        return
+    reference = full.get(_of_full(prediction))
+    if reference is None:
+        raise PlanError(
+            f"{prediction.task} {prediction.sample}: no answer of the full cache yet; run the "
+            f"predict stage to its end first"
+        )
+    values = teacher_forcing.scored_values(
+        teacher_forcing.from_json(reference.logprobs),
+        teacher_forcing.from_json(prediction.logprobs),
+        int(sample.facts.get("skip", 0)),
+    )
+    for metric, value in values.items():
+        yield replace(one, metric=metric, value=value, higher_is_better=metric not in LOWER)
+
+
+def _of_full(prediction: Prediction) -> Key:
+    return key(prediction.task, prediction.sample, prediction.turn, Case("full"))
+
+
+def _keep(prediction: Prediction) -> float | None:
+    """Kept over full KV bytes as the engine measured them."""
+    if prediction.case.method.startswith("full"):
+        return 1.0
+    if not prediction.seen_tokens:
+        # No compaction ran: everything was kept, if the engine says so at all.
+        return 1.0 if prediction.compactions == 0 else None
+    return (prediction.kept_tokens or 0) / prediction.seen_tokens

@@ -1,0 +1,68 @@
+"""Methods as requests and as configurations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from uncomp.config import UncompConfig
+from uncomp.eval.methods import METHODS, Method, cases, find, server_settings
+from uncomp.eval.run.records import Case
+from uncomp.request import request_settings
+
+SERVER = UncompConfig.from_mapping(server_settings(list(METHODS.values()), "calibration.json"))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_one_server_serves_them_all(method: Method) -> None:
+    """A request under a method is served as by an engine with the method's own configuration."""
+    asked = request_settings(json.loads(json.dumps(method.request(0.25))), SERVER, 4096)
+    assert asked.compress == (not method.full)
+    if method.full:
+        return
+    own = asked.own or SERVER
+    file = {"calibration": "calibration.json"} if method.calibrated else {}
+    expected = method.config(0.25, **file)
+    for name in ("policy", "window", "sinks", "pooling", "measure", "source", "groups", "ratio"):
+        assert getattr(own, name) == getattr(expected, name), name
+    assert own.reverse == expected.reverse
+    assert own.calibration == expected.calibration
+    assert asked.keep == 0.25
+    assert asked.report
+
+
+def test_requests_fit_the_api() -> None:
+    """``vllm_xargs`` takes strings and numbers, no objects and no truth values."""
+    for method in METHODS.values():
+        assert all(type(v) in (str, int, float) for v in method.request(0.5).values())
+
+
+def test_everything_is_compared_with_the_full_cache() -> None:
+    assert [m.name for m in find(["adakv", "full"])] == ["full", "adakv"]
+    assert cases(find(["adakv"]), (0.5, 0.25)) == [
+        Case("full", 1.0),
+        Case("adakv", 0.5),
+        Case("adakv", 0.25),
+    ]
+
+
+def test_own_methods() -> None:
+    found = find(["wide"], {"wide": {"policy": "entropy", "window": 24}})
+    assert json.loads(found[1].request(0.5)["kv_settings"])["window"] == 24
+    assert server_settings(found)["window"] == 24
+
+
+@pytest.mark.parametrize(
+    ("names", "extra", "says"),
+    [
+        (["best"], {}, "unknown method 'best'; there are: full, "),
+        (["pyramidkv"], {}, "not possible here: PyramidKV gives every layer"),
+        (["adakv"], {"adakv": {}}, "is built in"),
+        (["mine"], {"mine": {"pooling": 8}}, "must be odd"),
+        (["mine"], {"mine": {"pool": 7}}, "unknown uncomp setting"),
+    ],
+)
+def test_refused(names: list[str], extra: dict[str, dict[str, int]], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        find(names, extra)
