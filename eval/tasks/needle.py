@@ -1,8 +1,10 @@
 """Needle in a haystack: one number hidden at evenly spaced depths of a packaged text.
 
 Source: Kamradt, "Needle In A Haystack - Pressure Testing LLMs", 2023; the wording is that of
-RULER's single needle (arXiv 2404.06654), asked for in the singular. Runs at several lengths make the grid
-of the usual heatmap: every sample says its ``length`` and ``depth``.
+RULER's single needle (arXiv 2404.06654), asked for in the singular. Runs at several lengths make
+the grid of the usual heatmap: every sample says its ``length`` and ``depth``.
+
+The default calibration of ``uncomp calibrate`` saw this text: use another one with it.
 """
 
 from __future__ import annotations
