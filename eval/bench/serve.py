@@ -18,8 +18,9 @@ from uncomp.eval.bench.serve_sampling import Sampler, fetch, pool
 from uncomp.eval.bench.serve_servers import Servers, Target
 from uncomp.eval.bench.serve_store import Store
 
-#: how far the pools of the two arms may differ; blocks of unequal size leave unequal remainders
-POOL_TOLERANCE = 0.02
+#: by how many blocks the pools of the two arms may differ: the null block, and what is left over
+#: where the pool is no multiple of a block
+POOL_TOLERANCE = 2
 
 
 @dataclass
@@ -99,7 +100,8 @@ class Bench:
         """The server's pool, which must be that of the servers before."""
         found = pool(fetch(f"{target.url}/metrics"), self.servers.pool_bytes)
         for earlier in self.store.results(self.traffic.plan.sessions()):
-            if abs(earlier.pool.tokens - found.tokens) > POOL_TOLERANCE * found.tokens:
+            block = max(earlier.pool.block_size, found.block_size)
+            if abs(earlier.pool.tokens - found.tokens) > POOL_TOLERANCE * block:
                 raise ServerError(
                     f"the {session.arm} server has a KV pool of {found.tokens} tokens, the "
                     f"{earlier.arm} one had {earlier.pool.tokens}: a comparison needs equal pools "

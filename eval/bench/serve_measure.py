@@ -95,7 +95,7 @@ def measured(
 
 
 def in_flight(result: Mapping[str, Any]) -> int:
-    """Most answered requests open at once. (vLLM's own figure counts whole seconds and so too many.)"""
+    """Most answered requests open at once; vLLM's own figure counts per second, so too many."""
     events = []
     for start, seconds in zip(result["start_times"], result["latencies"], strict=True):
         if seconds > 0:

@@ -17,6 +17,9 @@ from uncomp.eval.bench.cpu import ARMS as CPU_ARMS
 #: what makes `uncomp serve` stock vLLM: no flag of ours is passed on, and the plugin is not loaded
 STOCK = {"UNCOMP_DISABLE": "1", **CPU_ARMS["stock"][1]}
 
+#: seconds that processes of an ended server get to end by themselves
+PATIENCE = 10.0
+
 
 @dataclass(frozen=True)
 class Target:
@@ -54,7 +57,7 @@ class ArmServer(Server):
     def __exit__(self, *unused: object) -> None:
         self._notice()
         super().__exit__(*unused)
-        _, alive = psutil.wait_procs(list(self._children), timeout=10)
+        _, alive = psutil.wait_procs(list(self._children), timeout=PATIENCE)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
