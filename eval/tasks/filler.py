@@ -85,10 +85,13 @@ class Passage:
     Attributes:
         sentences: each with the white space before it.
         tokens: of each sentence.
+        seam: number of the sentence that is the first of the whole text and follows its last, or
+            None.
     """
 
     sentences: tuple[str, ...]
     tokens: tuple[int, ...]
+    seam: int | None = None
 
     @property
     def text(self) -> str:
@@ -98,6 +101,10 @@ class Passage:
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *accumulate(self.tokens)]
+
+    def tokens_after(self, boundary: int) -> int:
+        """Tokens from a sentence to the end."""
+        return self._starts[-1] - self._starts[boundary]
 
     def boundary(self, depth: float) -> int:
         """Number of the sentence that starts nearest to ``depth`` (0: start, 1: end)."""
@@ -160,7 +167,9 @@ class RunningText:
         else:
             raise ValueError(f"{tokens} tokens wanted, but the whole text has {used}: ask for less")
         return Passage(
-            tuple(self._sentences[i] for i in chosen), tuple(self._counted[i] for i in chosen)
+            tuple(self._sentences[i] for i in chosen),
+            tuple(self._counted[i] for i in chosen),
+            chosen.index(0) if 0 in chosen[1:] else None,
         )
 
     def _count(self, i: int) -> int:
