@@ -52,10 +52,12 @@ class Bench:
         """
         for record in self.store.results(self.traffic.plan.sessions()):
             self.clock.took(Load(record.mode, record.level), record.seconds)
+        todo = self._todo()
+        if not todo:
+            return True
         self.meter, source = serve_energy.find()
         self.facts = {**machine(), "energy": source}
         self.say(f"energy: {source}")
-        todo = self._todo()
         with Client(self.store.runs / "client.log", self.load_timeout) as client:
             for session in todo[:most_sessions]:
                 self._session(client, session)
