@@ -77,7 +77,16 @@ class LocalEngine:
             "block_size": cache.block_size,
             "blocks": cache.num_gpu_blocks,
             "max_model_len": model.max_model_len,
+            "kv_bytes_per_token": self._token_bytes(),
         }
+
+    def _token_bytes(self) -> int:
+        """Of the full cache, K and V of all layers and KV heads."""
+        config = self._engine.vllm_config
+        model = config.model_config
+        size = 1 if "fp8" in config.cache_config.cache_dtype else model.dtype.itemsize
+        heads = model.get_total_num_kv_heads() * model.get_head_size()
+        return 2 * model.hf_text_config.num_hidden_layers * heads * size
 
     def answer(self, groups: Sequence[Sequence[Ask]]) -> Iterator[Answer]:
         waiting = deque(list(group) for group in groups if group)

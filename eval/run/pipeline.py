@@ -51,9 +51,11 @@ def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = Non
         plan = store.plan
         chosen = check(plan)
         store.add_facts(
-            plan=plan.to_dict(),
-            methods={m.name: {**asdict(m), "about": m.about} for m in chosen},
-            cut_rule=CUT_RULE,
+            model=plan.model,
+            revision=plan.revision,
+            seeds=plan.seed,
+            methods={m.name: asdict(m) for m in chosen},
+            rule_for_long_prompts=CUT_RULE,
         )
         if "prepare" in stages:
             tasks = registry.find(plan.tasks)
@@ -105,7 +107,7 @@ def start_engine(plan: Plan, methods: Sequence[Method]) -> Engine:
     arguments: dict[str, Any] = {"max_model_len": _window(plan), "seed": plan.seed}
     if plan.revision is not None:
         arguments["revision"] = plan.revision
-    arguments |= plan.engine | methods[0].engine
+    arguments |= {**plan.engine, **methods[0].engine}
     settings = None
     if any(not method.full for method in methods):
         settings = catalogue.server_settings(methods, plan.calibration)
@@ -139,17 +141,33 @@ def _predict(
         say(f"starting the engine for {', '.join(m.name for m in same)}")
         engine = start(store.plan, same)
         try:
-            known = store.facts().get("engines", [])
-            found = {**engine.facts(), "methods": [m.name for m in same]}
-            store.add_facts(
-                machine=machine(),
-                command=_command(),
-                engines=known if found in known else [*known, found],
-            )
+            _note_engine(store, engine.facts(), same)
             with _bar(say) as advance:
                 predict(store, samples, same, engine, advance)
         finally:
             engine.close()
+
+
+def _note_engine(store: Store, found: dict[str, Any], served: list[Method]) -> None:
+    """What answered, on what; a run that was continued elsewhere says so."""
+    here = machine()
+    versions = {name: here.pop(name) for name in ("python", "torch", "vllm", "transformers")}
+    known = store.facts()
+    engines = known.get("engines", [])
+    one = {**found, "for": [method.name for method in served]}
+    this = {name: here[name] for name in ("cpu", "cores")}
+    machines = [m for m in known.get("machine", []) if m != this]
+    store.add_facts(
+        model=found.get("model", store.plan.model),
+        revision=found.get("revision"),
+        machine=[*machines, this],
+        versions={**versions, "uncomp": here["uncomp"]},
+        commit=here["commit"],
+        date=here["date"],
+        command=_command(),
+        engines=engines if one in engines else [*engines, one],
+        kv_bytes_per_token=found.get("kv_bytes_per_token"),
+    )
 
 
 def _by_engine(methods: list[Method]) -> Iterator[list[Method]]:

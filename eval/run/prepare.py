@@ -29,7 +29,7 @@ def prepare(
     if done is not None:
         return done
     samples: list[Sample] = []
-    data: dict[str, DataFile] = {}
+    data: dict[DataFile, list[str]] = {}
     for task in tasks:
         made = _of_task(task, store.plan, tokenizer, data)
         say(f"{task.name}: {len(made)} samples")
@@ -39,20 +39,24 @@ def prepare(
         twice = next(name for name in names if names.count(name) > 1)
         raise PlanError(f"two samples are called {twice}: the task's generator repeats ids")
     store.add_facts(
-        data=[dataclasses.asdict(file) for file in data.values()],
-        tasks={task.name: {"source": task.source, "licence": task.licence} for task in tasks},
+        data=[{**dataclasses.asdict(file), "tasks": used} for file, used in data.items()],
+        tasks=[f"{task.name} ({task.source}; {task.licence})" for task in tasks],
     )
     store.write_samples(samples)
     return samples
 
 
-def _of_task(task: Task, plan: Plan, tokenizer: Any, data: dict[str, DataFile]) -> list[Sample]:
+def _of_task(
+    task: Task, plan: Plan, tokenizer: Any, data: dict[DataFile, list[str]]
+) -> list[Sample]:
     made: dict[str, Sample] = {}
     for length in plan.lengths:
         folder = Path(plan.data) if plan.data else None
         wanted = Wanted(length, plan.samples, plan.seed, tokenizer, folder)
         built = task.build(wanted)
-        data |= {f"{file.name} {file.sha256}": file for file in built.data}
+        for file in built.data:
+            used = data.setdefault(file, [])
+            used += [task.name] if task.name not in used else []
         for sample in built.samples:
             # Real documents do not depend on the wanted length: a row that comes again is the same.
             facts = {"length": length, **sample.facts}

@@ -14,6 +14,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from uncomp.eval.tasks import generation, instructions
 from uncomp.eval.tasks.base import DataError, Sample, Turn
 from uncomp.eval.tasks.sources import INSTALL
 
@@ -204,22 +205,25 @@ def _value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
+_OWN: tuple[Callable[..., float], ...] = (
+    all_references,
+    any_reference,
+    choice,
+    classification,
+    contains,
+    edit,
+    edit_similarity,
+    exact_match,
+    f1,
+    last_number,
+    not_contained,
+    number_match,
+    rouge_l,
+)
+
 #: name -> metric; higher is better for all of them
 METRICS: dict[str, Metric] = {
-    metric.__name__: metric
-    for metric in (
-        all_references,
-        any_reference,
-        choice,
-        classification,
-        contains,
-        edit,
-        edit_similarity,
-        exact_match,
-        f1,
-        last_number,
-        not_contained,
-        number_match,
-        rouge_l,
-    )
+    **{metric.__name__: metric for metric in _OWN},
+    **generation.METRICS,
+    **instructions.METRICS,
 }

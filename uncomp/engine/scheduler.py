@@ -79,16 +79,17 @@ class _Compacting(_Base):
         return outputs
 
     def _report(self, outputs: dict[int, Any]) -> None:
-        """Tell requests that end, if they asked, what was kept of them.
+        """Tell requests that asked what is kept of them.
 
-        vLLM's field for facts about a request's KV cache is free: KV connectors are refused.
+        With every output, not only the last: the end of an answer by a stop string is seen by the
+        front end alone. vLLM's field for facts about a request's KV cache is free: KV connectors
+        are refused.
         """
         for of_client in outputs.values():
             for output in of_client.outputs:
-                if output.finish_reason is not None:
-                    facts = self._planner.report(output.request_id)
-                    if facts is not None:
-                        output.kv_transfer_params = {"uncomp": facts}
+                facts = self._planner.report(output.request_id)
+                if facts is not None:
+                    output.kv_transfer_params = {"uncomp": facts}
 
     def shutdown(self) -> None:
         super().shutdown()
