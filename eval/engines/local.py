@@ -84,7 +84,8 @@ class LocalEngine:
         """Of the full cache, K and V of all layers and KV heads."""
         config = self._engine.vllm_config
         model = config.model_config
-        size = 1 if "fp8" in config.cache_config.cache_dtype else model.dtype.itemsize
+        dtype: Any = model.dtype
+        size = 1 if "fp8" in config.cache_config.cache_dtype else dtype.itemsize
         heads = model.get_total_num_kv_heads() * model.get_head_size()
         return 2 * model.hf_text_config.num_hidden_layers * heads * size
 

@@ -1,0 +1,203 @@
+"""The stages together, on an engine that answers from a list: what is asked, kept and repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uncomp.eval.engines.base import Answer, Ask, EngineError
+from uncomp.eval.methods import Method
+from uncomp.eval.run import pipeline
+from uncomp.eval.run.plan import Plan, PlanError
+from uncomp.eval.run.records import Case
+from uncomp.eval.run.store import Store
+from uncomp.eval.tasks.teacher_forcing import TokenRecord
+
+STAGES = pipeline.STAGES
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(c) for c in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
+class Scripted:
+    """Finds every number with the full cache, none with another; dies after `life` answers."""
+
+    tokenizer = Letters()
+    max_model_len = 8192
+
+    def __init__(self, methods: Sequence[Method], life: int = 10**6) -> None:
+        self.methods, self.life = [m.name for m in methods], life
+        self.compresses = True
+        self.asked: list[Ask] = []
+        self.closed = False
+
+    def facts(self) -> dict[str, Any]:
+        return {"engine": "scripted", "model": "org/m"}
+
+    def answer(self, groups: Sequence[Sequence[Ask]]) -> Iterator[Answer]:
+        for group in groups:
+            assert len({tuple(ask.prompt) for ask in group}) == 1
+            for ask in group:
+                if len(self.asked) == self.life:
+                    raise EngineError("died")
+                self.asked.append(ask)
+                yield self._answer(ask)
+
+    def _answer(self, ask: Ask) -> Answer:
+        full = ask.extra.get("kv_compress") == "false"
+        if ask.forced:
+            own = -1.0 if full else -2.0
+            records = tuple(TokenRecord(own, (t, 1), (own, -3.0)) for t in ask.forced)
+            return Answer(ask.key, "", len(ask.forced), "length", 0.1, _kept(ask), records)
+        text = Letters().decode(list(ask.prompt))
+        number = "".join(c for c in text.split(" is: ")[1][:7]) if full else "none"
+        return Answer(ask.key, f" {number}.", 4, "stop", 0.1, _kept(ask))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _kept(ask: Ask) -> dict[str, Any] | None:
+    keep = ask.extra.get("kv_keep")
+    if keep is None:
+        return None
+    return {"compactions": 1, "kept_tokens": int(1000 * keep), "full_tokens": 1000}
+
+
+@pytest.fixture(autouse=True)
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda plan: Letters())
+
+
+def plan(**changes: Any) -> Plan:
+    given: dict[str, Any] = {
+        "model": "m",
+        "tasks": ("needle",),
+        "lengths": (4096,),
+        "samples": 5,
+        "methods": ("snapkv", "streaming"),
+        "keeps": (0.5, 0.25),
+        "chat": False,
+    }
+    return Plan(**{**given, **changes})
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def test_from_plan_to_report(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "run", plan())
+    files = pipeline.run(store, STAGES, quiet, lambda plan, methods: Scripted(methods))
+    scores = store.scores()
+    assert len(scores) == 5 * 5
+    assert {s.value for s in scores if s.case.method == "full"} == {1.0}
+    assert {s.value for s in scores if s.case.method != "full"} == {0.0}
+    assert {(s.case.keep, s.keep_measured) for s in scores} == {
+        (1.0, 1.0),
+        (0.5, 0.5),
+        (0.25, 0.25),
+    }
+    assert {s.facts["length"] for s in scores} == {4096}
+    facts = store.facts()
+    assert facts["model"] == "org/m"
+    assert facts["methods"]["snapkv"]["settings"] == {"policy": "uniform"}
+    assert all(file["sha256"] and file["tasks"] == ["needle"] for file in facts["data"])
+    assert {file.name for file in files} >= {"report.html", "report.md", "rows.csv"}
+    assert all(file.stat().st_size > 100 for file in files)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "run", plan())
+    engines: list[Scripted] = []
+
+    def start(plan: Plan, methods: Sequence[Method]) -> Scripted:
+        engines.append(Scripted(methods, life=7 if not engines else 10**6))
+        return engines[-1]
+
+    with pytest.raises(EngineError, match="died"):
+        pipeline.run(store, STAGES, quiet, start)
+    assert engines[0].closed
+    samples = store.samples()
+    pipeline.run(store, STAGES, quiet, start)
+    assert store.samples() == samples
+    keys = [ask.key for engine in engines for ask in engine.asked]
+    assert len(keys) == len(set(keys)) == 25
+    pipeline.run(store, STAGES, quiet, start)
+    assert len(engines) == 2  # nothing left to ask: no engine is started
+
+
+def test_likelihood_is_compared_with_the_full_cache(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "run", plan(tasks=("likelihood/repeat",), samples=2))
+    pipeline.run(store, STAGES[:3], quiet, lambda plan, methods: Scripted(methods))
+    by = {(s.case, s.metric): s for s in store.scores()}
+    assert by[Case("full"), "nll"].value == pytest.approx(1.0)
+    assert by[Case("snapkv", 0.5), "nll"].value == pytest.approx(2.0)
+    assert by[Case("snapkv", 0.5), "nll_increase"].value == pytest.approx(1.0)
+    assert by[Case("full"), "kl"].value == pytest.approx(0.0)
+    assert by[Case("snapkv", 0.5), "kl"].value > 0.1
+    assert not by[Case("full"), "nll"].higher_is_better
+    assert by[Case("full"), "top1_agreement"].higher_is_better
+
+
+def test_engines_are_shared_where_they_can_be(tmp_path: Path) -> None:
+    """FP8 needs an engine of its own, everything else one together."""
+    store = Store.create(tmp_path / "run", plan(methods=("full-fp8", "snapkv"), samples=1))
+    engines: list[Scripted] = []
+
+    def start(plan: Plan, methods: Sequence[Method]) -> Scripted:
+        engines.append(Scripted(methods))
+        return engines[-1]
+
+    pipeline.run(store, STAGES[:3], quiet, start)
+    assert [engine.methods for engine in engines] == [["full", "snapkv"], ["full-fp8"]]
+
+
+def test_a_server_without_the_plugin_is_only_asked_for_the_full_cache(tmp_path: Path) -> None:
+    def start(plan: Plan, methods: Sequence[Method]) -> Scripted:
+        engine = Scripted(methods)
+        engine.compresses = False
+        return engine
+
+    store = Store.create(tmp_path / "run", plan())
+    with pytest.raises(EngineError, match="only the full cache can be evaluated"):
+        pipeline.run(store, STAGES, quiet, start)
+    alone = Store.create(tmp_path / "alone", plan(methods=("full",)))
+    pipeline.run(alone, STAGES, quiet, start)
+    assert {s.case for s in alone.scores()} == {Case("full")}
+
+
+def test_stages_say_what_they_miss(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "run", plan())
+    for stage, says in (
+        ("predict", "no samples yet"),
+        ("score", "no samples"),
+        ("report", "no scores"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            pipeline.run(store, [stage], quiet, lambda plan, methods: Scripted(methods))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tasks": ("needles",)}, "no task or family 'needles'"),
+        ({"methods": ("best",)}, "unknown method 'best'"),
+        ({"methods": ("uncomp-v1",)}, "uncomp calibrate m -o FILE"),
+    ],
+)
+def test_plans_are_checked_before_anything_starts(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        pipeline.check(plan(**changes))
