@@ -160,13 +160,13 @@ def _download(name: str, file: str, revision: str, folder: Path | None, member: 
     except (OSError, ValueError) as error:  # what the hub's client raises for every failure
         _failed.setdefault(key, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     places = _places(name, file, folder or Path("DIR"), member)
-    given = "there is no such file in the data folder" if folder else "no data folder was given"
+    given = "the data folder does not have it either" if folder else "no data folder was given"
     raise DataError(
         f"{member or file} of {name} cannot be had: the Hugging Face hub did not give it "
         f"({_failed[key]}), and {given}. Run once where huggingface.co can be reached, or download "
         f"https://huggingface.co/datasets/{name}/resolve/{revision}/{file} elsewhere and put it "
         f"at {' or '.join(str(place) for place in reversed(places))}"
-        + ("" if folder else ", where DIR is the data folder")
+        + ("" if folder else ", with DIR given as --data")
     )
 
 

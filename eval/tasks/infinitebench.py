@@ -15,9 +15,10 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from string import ascii_uppercase
 from typing import Any
 
-from uncomp.eval.tasks import hub, prompts
+from uncomp.eval.tasks import hub, recipes
 from uncomp.eval.tasks.base import Built, DataError, Sample, Task, Turn, Wanted
 from uncomp.eval.tasks.fitting import fit
 
@@ -42,11 +43,11 @@ class _Kind:
     prefix: str = ""
 
 
-_NUMBER_PREFIX = "The sequence of digits is"
+_NUMBER_PREFIX = "\n\nThe sequence of digits is"
 _KINDS = {
     kind.file: kind
     for kind in (
-        _Kind("passkey", "number_match", "five digits hidden in noise", "The pass key is"),
+        _Kind("passkey", "number_match", "five digits hidden in noise", "\n\nThe pass key is"),
         _Kind("number_string", "number_match", "ten digits hidden in noise", _NUMBER_PREFIX),
         _Kind("kv_retrieval", "any_reference", "value of a key among pairs of UUIDs"),
         _Kind("longbook_qa_eng", "f1", "questions about a book"),
@@ -58,9 +59,9 @@ _KINDS = {
 }
 
 
-def _recipe(kind: _Kind) -> prompts.Recipe:
+def _recipe(kind: _Kind) -> recipes.Recipe:
     name = kind.file.replace("_eng", "_en")  # lm-eval's name
-    return prompts.recipe("infinitebench", f"infinitebench_{name}.yaml")
+    return recipes.recipe("infinitebench", f"infinitebench_{name}.yaml")
 
 
 def _build(kind: _Kind, wanted: Wanted) -> Built:
@@ -84,7 +85,7 @@ def _build(kind: _Kind, wanted: Wanted) -> Built:
                 facts={"dataset": kind.file},
             )
         )
-    prompts.require_room(samples, wanted)
+    recipes.require_room(samples, wanted)
     return Built(samples, (data, recipe.file))
 
 
@@ -103,11 +104,11 @@ def _references(kind: _Kind, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _letter(answer: str, options: list[str]) -> str:
-    """A to D; the rows give the option's text."""
+    """Letter of an option; the rows give its text."""
     answer = answer.strip()
     if answer in options:
-        return "ABCD"[options.index(answer)]
-    return answer if answer in tuple("ABCD") else ""
+        return ascii_uppercase[options.index(answer)]
+    return answer if len(answer) == 1 and answer in ascii_uppercase else ""
 
 
 # The next strings are InfiniteBench's (data/construct_synthetic_dataset.py, MIT), which has them
@@ -189,7 +190,7 @@ def _generate(kind: _Kind, wanted: Wanted) -> Built:
 
 def _generated_sample(
     kind: _Kind,
-    recipe: prompts.Recipe,
+    recipe: recipes.Recipe,
     row: Callable[[int], dict[str, Any]],
     index: int,
     depth: float,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from uncomp.eval.tasks import hub, prompts
+from uncomp.eval.tasks import hub, recipes
 from uncomp.eval.tasks.base import Built, DataError, DataFile, Sample, Task, Turn, Wanted
 
 _DATA_SET = "L4NLP/LEval"
@@ -49,33 +49,34 @@ class _Form:
 
 
 _CHOICE = _Form(
-    "choice", 32, tail="\n\nAnswer with the letter of the right option and nothing else."
+    "choice", 32, tail="\n\nAnswer with the letter of the right option and nothing else.\n\nAnswer:"
 )
 _CHOICES = _Form(
     "choice",
     32,
     tail="\n\nOne option or several are right. Answer with the letters of all right options, "
-    "such as A or ABD, and nothing else.",
+    "such as A or ABD, and nothing else.\n\nAnswer:",
 )
 _TRUE_FALSE = _Form(
     "classification",
     32,
-    tail="\n\nGo by the document alone. Answer with True or False and nothing else.",
+    tail="\n\nGo by the document alone. Answer with True or False and nothing else.\n\nAnswer:",
     all_classes=("True", "False"),
 )
 _TOPIC = _Form(
     "any_reference",
     64,
     head="Here is a conversation on many topics. Remember the topics and their order.\n\n",
+    tail="\n\nAnswer:",
 )
 # The document is a list of worked examples, each of which ends with "The answer is N".
 _MATHS = _Form("last_number", 512, head="", stop=("\n\nQuestion:",))
-_ANSWER = _Form("f1", 512, tail="\n\nAnswer in about {words} words.")
+_ANSWER = _Form("f1", 512, tail="\n\nAnswer in about {words} words.\n\nAnswer:")
 _SUMMARY = _Form(
     "rouge_l",
     512,
     head="Read the document and do what is asked after it.\n\n",
-    tail="\n\nWrite about {words} words.",
+    tail="\n\nWrite about {words} words.\n\nAnswer:",
 )
 
 #: data set -> folder on the hub, form, what is asked
@@ -117,7 +118,7 @@ def _build(name: str, wanted: Wanted) -> Built:
     if not samples:
         raise DataError(f"{data.name} ({data.origin}) has no question that can be scored")
     samples = hub.pick(samples, wanted.count, wanted.seed)
-    prompts.require_room(samples, wanted)
+    recipes.require_room(samples, wanted)
     return Built(samples, (data,))
 
 

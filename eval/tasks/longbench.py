@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from uncomp.eval.tasks import hub, prompts
+from uncomp.eval.tasks import hub, recipes
 from uncomp.eval.tasks.base import Built, DataError, Sample, Task, Turn, Wanted
 
 _DATA_SET = "zai-org/LongBench"  # THUDM/LongBench before the organisation was renamed
@@ -67,7 +67,7 @@ def _build(subset: str, wanted: Wanted) -> Built:
     Args:
         subset: file name without its ending, ``_e`` included for LongBench-E.
     """
-    recipe = prompts.recipe("longbench", f"{subset}.yaml")
+    recipe = recipes.recipe("longbench", f"{subset}.yaml")
     rows, data = hub.rows(
         _DATA_SET,
         "data.zip",
@@ -83,11 +83,11 @@ def _build(subset: str, wanted: Wanted) -> Built:
     hub.require(rows, ("context", "question", "answers", "length"), data)
     chosen = hub.pick(list(enumerate(rows)), wanted.count, wanted.seed)
     samples = [_sample(subset, index, row, recipe) for index, row in chosen]
-    prompts.require_room(samples, wanted)
+    recipes.require_room(samples, wanted)
     return Built(samples, (data, recipe.file))
 
 
-def _sample(subset: str, index: int, row: Mapping[str, Any], recipe: prompts.Recipe) -> Sample:
+def _sample(subset: str, index: int, row: Mapping[str, Any], recipe: recipes.Recipe) -> Sample:
     dataset = subset.removesuffix("_e")
     head, question = recipe.split(row)
     metric = _METRICS[recipe.scorer]

@@ -121,7 +121,9 @@ def test_neither_local_nor_hub(tmp_path):
     assert f"https://huggingface.co/datasets/owner/Set/resolve/{COMMIT}/data.zip" in message
     for place in ("data.zip", "a.jsonl", "data/a.jsonl"):
         assert str(tmp_path / "Set" / place) in message
-    with pytest.raises(DataError, match=r"no data folder was given.*DIR/Set/a\.jsonl, where DIR"):
+    with pytest.raises(
+        DataError, match=r"no data folder was given.*DIR/Set/a\.jsonl, with DIR given as --data"
+    ):
         hub.rows("owner/Set", "a.jsonl")
 
 

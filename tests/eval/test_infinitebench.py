@@ -1,5 +1,6 @@
 """InfiniteBench: official rows with lm-eval's prompts, and retrieval generated at any length."""
 
+import dataclasses
 import json
 import re
 from importlib import resources
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from uncomp.eval.tasks import hub, infinitebench
+from uncomp.eval.tasks import hub, infinitebench, scorers
 from uncomp.eval.tasks.base import Built, DataError, Wanted
 from uncomp.eval.tasks.fitting import FILLED, size
 
@@ -90,8 +91,8 @@ def test_prompt_of_a_function(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "metric", "prefix"),
     [
-        ("passkey", "number_match", "The pass key is"),
-        ("number_string", "number_match", "The sequence of digits is"),
+        ("passkey", "number_match", "\n\nThe pass key is"),
+        ("number_string", "number_match", "\n\nThe sequence of digits is"),
         ("kv_retrieval", "any_reference", ""),
         ("longbook_qa_eng", "f1", ""),
         ("longbook_choice_eng", "choice", ""),
@@ -105,6 +106,11 @@ def test_metric_and_prefix(tmp_path, name, metric, prefix):
     (sample,) = build(tmp_path, name, [row(options=OPTIONS, answer=["gamma"])]).samples
     assert (sample.metric, sample.turns[0].prefix) == (metric, prefix)
     assert (sample.task, sample.id) == (f"infinitebench/{name}", "40")
+    (turn,) = sample.turns
+    said = "42" if metric == "number_match" else turn.references[0]
+    turn = dataclasses.replace(turn, references=(said,))
+    assert scorers.score(metric, f" {said}.", turn, sample) == 1
+    assert scorers.score(metric, "nothing like it", turn, sample) == 0
 
 
 @pytest.mark.parametrize(

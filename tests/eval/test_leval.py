@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from uncomp.eval.tasks import leval
+from uncomp.eval.tasks import leval, scorers
 from uncomp.eval.tasks.base import Built, DataError, Wanted
 
 TASKS = {task.name.removeprefix("leval/"): task for task in leval.TASKS}
@@ -107,7 +107,16 @@ def test_question_without_a_usable_answer_is_left_out_aloud(tmp_path, caplog):
 
 def test_open_questions_tell_the_length(tmp_path):
     (sample,) = build(tmp_path, "multidoc_qa", [row(["Take the bus now."])]).samples
-    assert sample.turns[0].question.endswith("Answer in about 4 words.")
+    assert sample.turns[0].question.endswith("Answer in about 4 words.\n\nAnswer:")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_metric_exists_and_gives_the_reference_full_marks(tmp_path, name):
+    output = "True" if name == "sci_fi" else "A 12"
+    (sample,) = build(tmp_path, name, [row([output])]).samples
+    (turn,) = sample.turns
+    assert scorers.score(sample.metric, turn.references[0], turn, sample) == pytest.approx(1)
+    assert scorers.score(sample.metric, "nothing like it", turn, sample) == 0
 
 
 def test_classes_for_true_or_false(tmp_path):

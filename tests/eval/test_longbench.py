@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from uncomp.eval.tasks import longbench
+from uncomp.eval.tasks import longbench, scorers
 from uncomp.eval.tasks.base import Built, DataError, Wanted
 
 # Braces and the placeholder's own name in the data must come through untouched.
@@ -105,6 +105,14 @@ def test_metric_and_chat_template(tmp_path, subset, metric, chat, first_line):
     (sample,) = build(tmp_path, subset).samples
     assert (sample.metric, sample.chat) == (metric, chat)
     assert sample.facts.get("first_line", False) is first_line
+
+
+@pytest.mark.parametrize("subset", TASKS)
+def test_metric_exists_and_gives_the_reference_full_marks(tmp_path, subset):
+    sample = build(tmp_path, subset).samples[0]
+    (turn,) = sample.turns
+    assert scorers.score(sample.metric, turn.references[0], turn, sample) == pytest.approx(1)
+    assert scorers.score(sample.metric, "xyz", turn, sample) < 0.5
 
 
 def test_facts(tmp_path):
