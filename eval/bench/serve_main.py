@@ -47,8 +47,11 @@ def main(argv: list[str]) -> int:
         print(described(plan, clock, not args.full_url))
         return 0
     # A default SIGTERM would leave the server running.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return _run(args, plan, trace, kv, servers, clock)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return _run(args, plan, trace, kv, servers, clock)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,18 @@ def test_trace_of_azure(tmp_path: Path) -> None:
     found = serve_trace.read(path)
     assert [round(r.seconds, 6) for r in found] == [0, 0.052, 60.052]
     assert [(r.prompt_tokens, r.output_tokens) for r in found] == [(374, 44), (396, 109), (1, 2)]
+
+
+def test_dates_do_not_jump_with_the_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0")  # set back on 5 November 2023
+    time.tzset()
+    dates = ("2023-11-05 00:30:00", "2023-11-05 03:30:00")
+    lines = [{"arrival": date, "prompt_tokens": 5, "output_tokens": 1} for date in dates]
+    try:
+        assert serve_trace.read(trace(tmp_path, *lines))[1].seconds == 3 * 3600
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_trace_with_text_and_a_limit(tmp_path: Path) -> None:

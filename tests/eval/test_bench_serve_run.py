@@ -38,14 +38,16 @@ def server_script(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> N
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(folder))
 
 
+@pytest.mark.parametrize(("arm", "disable"), [("full", "1"), ("compressed", "")])
 def test_a_server_that_does_not_come_up_shows_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: str, disable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server_script(tmp_path, monkeypatch, "echo out of memory; exit 3")
+    monkeypatch.delenv("UNCOMP_DISABLE", raising=False)
+    server_script(tmp_path, monkeypatch, 'echo "off: [$UNCOMP_DISABLE]"; exit 3')
     servers = Servers("m", {"keep": 0.5})
     with (
-        pytest.raises(ServerError, match=r"(?s)ended \(status 3\).*out of memory"),
-        servers.open("compressed", tmp_path / "log"),
+        pytest.raises(ServerError, match=rf"(?s)ended \(status 3\).*off: \[{disable}\]"),
+        servers.open(arm, tmp_path / "log"),
     ):
         pass
 
