@@ -142,7 +142,8 @@ class RunningText:
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
-        self._sentences = [s for s in _SENTENCE_END.split(text) if s.strip()]
+        # The first sentence may follow the last, so it has white space before it as well.
+        self._sentences = _SENTENCE_END.split(f" {text.strip()}")
         self._tokenizer = tokenizer
         self._counted: dict[int, int] = {}
 

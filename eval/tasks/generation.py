@@ -20,6 +20,8 @@ from uncomp.eval.tasks.needles import NOUNS
 ANSWER_TOKENS = 512
 #: Tokens beyond the right answer's that a model may generate, as a share: for a detour.
 SLACK = 0.125
+#: Tokens of head, question, chat template and least text, at most, when the lines are counted out.
+_OVERHEAD = 320
 _COPY_HEAD = (
     "Read the following text. A list of records stands somewhere in it. Afterwards I will ask you "
     "to copy the list.\n\n"
@@ -85,7 +87,7 @@ def _copy_sample(wanted: Wanted, running: RunningText, index: int) -> Sample:
     name = "generation/copy"
     draw = draw_for(name, wanted, index)
     # The records stand in the prompt and in the answer.
-    first, *rest = _fitting(wanted, _records(draw), wanted.length // 3)
+    first, *rest = _fitting(wanted, _records(draw), lists=2)
     records = "\n\nList of records:\n" + "\n".join((first, *rest)) + "\nEnd of the list."
     turn = _turn(wanted, _COPY_QUESTION, rest, prefix=f"{first}\n")
     tokens = room(name, wanted, (turn,), _COPY_HEAD, records, least=64)
@@ -126,7 +128,7 @@ def _count_sample(wanted: Wanted, running: RunningText, index: int) -> Sample:
     draw = draw_for(name, wanted, index)
     number, weekday = draw.randrange(1, 100), draw.randrange(len(_WEEK))
     days = [f"Day {number + i}: {_WEEK[(weekday + i) % len(_WEEK)]}" for i in range(ANSWER_TOKENS)]
-    first, *rest = _fitting(wanted, days, wanted.length // 2)
+    first, *rest = _fitting(wanted, days, lists=1)
     question = (
         f"\n\nNever mind the text. Count the days from {first!r} to {rest[-1]!r}. Write one line "
         f"for every day, with its number and its weekday, in this form:\n"
@@ -150,12 +152,19 @@ def _count_sample(wanted: Wanted, running: RunningText, index: int) -> Sample:
     )
 
 
-def _fitting(wanted: Wanted, lines: list[str], limit: int) -> list[str]:
-    """The first lines, up to the tokens of an answer and to a limit, but five in any case."""
+def _fitting(wanted: Wanted, lines: list[str], lists: int) -> list[str]:
+    """The first lines, as many as an answer has, but five in any case.
+
+    Args:
+        wanted: says the length.
+        lines: more than enough.
+        lists: how often they stand in prompt and answer together.
+    """
+    most = min(ANSWER_TOKENS, int((wanted.length - _OVERHEAD) / (lists + SLACK)))
     tokens = 0
     for i, line in enumerate(lines):
         tokens += tokens_of(wanted.tokenizer, f"\n{line}")
-        if tokens > min(ANSWER_TOKENS, limit) and i >= 5:
+        if tokens > most and i >= 5:
             return lines[:i]
     return lines
 
