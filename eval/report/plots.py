@@ -116,8 +116,7 @@ def needle(heats: Sequence[Heat], columns: int = 4) -> Any:
     tall = min(max(1.5, 0.3 * len(depths) + 0.6), 3.6)
     drawing = figure(max(5.0, 1.3 + wide * columns), 0.4 + tall * lines)
     grid = drawing.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    colours, norm = colormaps["cividis"].copy(), Normalize(0, 100)
-    colours.set_bad("none")
+    colours, norm = colormaps["cividis"].with_extremes(bad="none"), Normalize(0, 100)
     mesh = None
     for index, axes in enumerate(grid.flat):
         if index >= len(heats):
