@@ -51,7 +51,6 @@ def test_a_missing_file_names_the_version() -> None:
 
 
 def test_json_of_a_package_is_read_once_and_says_where_it_is_from() -> None:
-    pytest.importorskip("long_context_eval")
     essays, file = sources.package_json("long_context_eval", ESSAYS)
     assert set(essays) == {"text"}
     assert len(essays["text"]) > 1_000_000
