@@ -38,7 +38,8 @@ def unit(of: Any) -> str:
 def headline(analysis: Analysis, group: Group) -> Table:
     """Macro-averages of a group: methods by keep ratio, the best compressed one marked."""
     found = {r.case: r for r in analysis.macros if r.of == group}
-    keeps = sorted({case.keep for case in found}, reverse=True)
+    # Compressed ones first: on a narrow screen the column of the full cache can wait.
+    keeps = sorted({case.keep for case in found}, key=lambda keep: (keep == FULL.keep, -keep))
     winners = best(analysis.macros)
     rows = []
     for method in dict.fromkeys(case.method for case in found):

@@ -53,7 +53,8 @@ details { border: 1px solid var(--line); border-radius: 6px; margin: 8px 0; padd
 details[open] { padding-bottom: 10px; }
 summary { cursor: pointer; padding: 8px 0; font-weight: 600; overflow-wrap: anywhere; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: 10px
-  12px; overflow-x: auto; font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+  12px; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 @media (max-width: 640px) { main { padding: 12px 12px 48px; } h1 { font-size: 21px; }
   th, td { padding: 5px 8px; } body { font-size: 14px; } .words th { min-width: 0; } }
 @media print { nav { display: none; } main { max-width: none; padding: 0; }
