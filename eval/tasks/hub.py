@@ -20,7 +20,7 @@ from uncomp.eval.tasks.sources import INSTALL
 
 Item = TypeVar("Item")
 
-#: (data set, revision, file) -> SHA-256, for files whose hash several independent projects publish
+#: (data set, revision, file) -> SHA-256, for files whose hash independent projects publish alike
 PUBLISHED: dict[tuple[str, str, str], str] = {
     ("zai-org/LongBench", "5e628be450b7e67fb7ae6e201bd6d8f7056f7672", "data.zip"): (
         "cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64"
