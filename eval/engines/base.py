@@ -25,6 +25,7 @@ class Ask:
         stop: strings that end the answer.
         forced: token ids the model is made to say; ``max_tokens`` is their number then.
         top_logprobs: best tokens whose log-probabilities come back, for forced requests.
+        ignore_eos: go on to ``max_tokens`` whatever the model says, so that work is equal.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     forced: tuple[int, ...] = ()
     top_logprobs: int = 0
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

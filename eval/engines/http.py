@@ -106,6 +106,8 @@ class HttpEngine:
         }
         if ask.stop:
             body["stop"] = list(ask.stop)
+        if ask.ignore_eos:
+            body["ignore_eos"] = True
         if extra:
             body["vllm_xargs"] = extra
         if ask.forced:

@@ -132,7 +132,7 @@ def _sampling(ask: Ask) -> Any:
         temperature=0.0,
         max_tokens=len(ask.forced) or ask.max_tokens,
         stop=list(ask.stop) or None,
-        ignore_eos=bool(ask.forced),
+        ignore_eos=ask.ignore_eos or bool(ask.forced),
         logprobs=ask.top_logprobs if ask.forced else None,
         extra_args=extra or None,
     )

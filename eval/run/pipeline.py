@@ -141,14 +141,14 @@ def _predict(
         say(f"starting the engine for {', '.join(m.name for m in same)}")
         engine = start(store.plan, same)
         try:
-            _note_engine(store, engine.facts(), same)
+            note_engine(store, engine.facts(), same)
             with _bar(say) as advance:
                 predict(store, samples, same, engine, advance)
         finally:
             engine.close()
 
 
-def _note_engine(store: Store, found: dict[str, Any], served: list[Method]) -> None:
+def note_engine(store: Store, found: dict[str, Any], served: list[Method]) -> None:
     """What answered, on what; a run that was continued elsewhere says so."""
     here = machine()
     versions = {name: here.pop(name) for name in ("python", "torch", "vllm", "transformers")}

@@ -42,12 +42,14 @@ def predict(
     methods: Sequence[Method],
     engine: Engine,
     advance: Callable[[int, int], None],
+    wanted: Sequence[Case] | None = None,
 ) -> int:
     """Answer what is not answered yet.
 
     Args:
         methods: those that this engine can serve.
         advance: told how many answers are there and how many there will be.
+        wanted: cases of these methods; default: each at all keep ratios of the plan.
 
     Returns:
         Answers made now.
@@ -63,7 +65,7 @@ def predict(
         )
     by_name = {method.name: method for method in methods}
     renderer = Renderer(engine.tokenizer, engine.max_model_len, store.plan.chat)
-    wanted = cases(methods, store.plan.keeps)
+    wanted = cases(methods, store.plan.keeps) if wanted is None else wanted
     done = {key(p.task, p.sample, p.turn, p.case) for p in store.predictions()}
     groups, questions = _groups(samples, wanted, renderer, done, by_name, store.plan.top_logprobs)
     total = sum(len(sample.turns) for sample in samples) * len(wanted)

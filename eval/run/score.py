@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from uncomp.eval.run.plan import PlanError
@@ -26,19 +26,27 @@ def score(store: Store, samples: Sequence[Sample]) -> list[Scored]:
     full: dict[Key, Prediction] = {}
     for prediction in store.predictions():
         if prediction.case.method == "full" and prediction.logprobs is not None:
-            full[_of_full(prediction)] = prediction
+            full[of_full(prediction)] = prediction
     scores = [
         scored
         for prediction in store.predictions()
-        for scored in _scored(prediction, by_name[prediction.task, prediction.sample], full)
+        for scored in values(prediction, by_name[prediction.task, prediction.sample], full)
     ]
     store.write_scores(scores)
     return scores
 
 
-def _scored(
-    prediction: Prediction, sample: Sample, full: dict[Key, Prediction]
+def values(
+    prediction: Prediction, sample: Sample, full: Mapping[Key, Prediction]
 ) -> Iterator[Scored]:
+    """The numbers of one prediction; several for a likelihood turn.
+
+    Args:
+        full: predictions of the full cache by :func:`of_full`, for likelihood turns.
+
+    Raises:
+        PlanError: a likelihood turn has no answer of the full cache to be compared with.
+    """
     turn = sample.turns[prediction.turn]
     one = Scored(
         task=prediction.task,
@@ -56,22 +64,23 @@ def _scored(
     if prediction.logprobs is None:
         yield replace(one, value=scorers.score(sample.metric, prediction.text, turn, sample))
         return
-    reference = full.get(_of_full(prediction))
+    reference = full.get(of_full(prediction))
     if reference is None:
         raise PlanError(
             f"{prediction.task} {prediction.sample}: no answer of the full cache yet; run the "
             f"predict stage to its end first"
         )
-    values = teacher_forcing.scored_values(
+    found = teacher_forcing.scored_values(
         teacher_forcing.from_json(reference.logprobs),
         teacher_forcing.from_json(prediction.logprobs),
         int(sample.facts.get("skip", 0)),
     )
-    for metric, value in values.items():
+    for metric, value in found.items():
         yield replace(one, metric=metric, value=value, higher_is_better=metric not in LOWER)
 
 
-def _of_full(prediction: Prediction) -> Key:
+def of_full(prediction: Prediction) -> Key:
+    """The same question under the full cache."""
     return key(prediction.task, prediction.sample, prediction.turn, Case("full"))
 
 
