@@ -156,11 +156,11 @@ def _token_kl(full: TokenRecord, compressed: TokenRecord) -> float:
     rest_q = 1 - math.fsum(math.exp(log_q) for _, log_q in common)
     if rest_p > 0:
         # A rest that is all but 0 is rounding noise, and dividing by it would invent divergence.
-        # Raising it lowers the result, so the bound stays one; never above rest_p, so that equal
-        # distributions give exactly 0.
-        rest_q = max(rest_q, min(rest_p, EPSILON))
+        # Raising it lowers the result, so the bound stays one.
+        rest_q = max(rest_q, EPSILON)
         total += rest_p * math.log(rest_p / rest_q)
-    return max(total, 0.0)  # rounded masses need not add up to 1, so a 0 can come out as -1e-6
+    # Masses that are rounded or raised need not add up to 1, so that a 0 can come out as -1e-6.
+    return max(total, 0.0)
 
 
 def _best(record: TokenRecord) -> set[int]:

@@ -143,3 +143,4 @@ def test_days_count_on_by_number_and_weekday() -> None:
         for shown in (lines[0], lines[1], lines[2], lines[-1]):
             assert shown in turn.question
         assert "\n".join(lines[:4]) not in turn.question
+    assert len({s.turns[0].prefix.split()[2] for s in samples(COUNT, count=20)}) > 4
