@@ -20,7 +20,7 @@ from uncomp.eval.run.prepare import prepare
 from uncomp.eval.run.prompts import CUT_RULE
 from uncomp.eval.run.score import score
 from uncomp.eval.run.store import Store
-from uncomp.eval.tasks import registry
+from uncomp.eval.tasks import hub, registry
 from uncomp.eval.tasks.base import Sample
 
 STAGES = ("prepare", "predict", "score", "report")
@@ -58,6 +58,8 @@ def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = Non
             rule_for_long_prompts=CUT_RULE,
         )
         if "prepare" in stages:
+            for name in plan.pins:
+                hub.pin(name)
             tasks = registry.find(plan.tasks)
             prepare(store, tasks, load_tokenizer(plan), say)
         if "predict" in stages:

@@ -32,6 +32,7 @@ class Plan:
         keeps: keep ratios.
         chat: chat template for the tasks that leave it open.
         data: folder with data sets.
+        pins: ``owner/name@revision`` of hub data sets to be read at that revision.
         calibration: file for methods that need one.
         engine: arguments of the engine.
         base_url: of a running server; None starts an engine here.
@@ -50,6 +51,7 @@ class Plan:
     keeps: tuple[float, ...] = KEEPS
     chat: bool = True
     data: str | None = None
+    pins: tuple[str, ...] = ()
     calibration: str | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     base_url: str | None = None
@@ -57,7 +59,7 @@ class Plan:
     top_logprobs: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "lengths", "methods", "keeps"):
+        for name in ("tasks", "lengths", "methods", "keeps", "pins"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.tasks:
             raise PlanError("no task: name some with --tasks (uncomp eval list)")

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from uncomp.cli.server import Server, ServerError
+from uncomp.eval.engines.base import Ask
+from uncomp.eval.engines.http import HttpEngine
+from uncomp.eval.methods import METHODS, cases, find
 
 LIMIT, BLOCK = 1024, 32
 _salt = itertools.count()
@@ -29,6 +33,7 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "--kv-cache-memory-bytes", "60000000",
         "--structured-outputs-config.backend", "xgrammar",
         "--structured-outputs-config.disable_any_whitespace", "true",
+        "--logits-processors", "uncomp.eval.engines.forced:ForcedTokens",
     ]  # fmt: skip
     environment = {"UNCOMP_METRICS_DIR": str(folder / "metrics")}
     with Server(arguments, folder / "log", environment) as running:
@@ -190,6 +195,41 @@ def test_structured_output(server: Server, moved: Callable[[], dict[str, float]]
     text = complete(server, prompt(300), **outputs)["text"]
     assert set(json.loads(text)) == {"ok", "size"}
     assert moved()["uncomp:compactions_total"] >= 2
+
+
+def test_the_evaluation_asks_over_http(server: Server, demo_model: Path) -> None:
+    """Methods per request, forced text and what was kept, through the public API alone."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    engine = HttpEngine(f"http://127.0.0.1:{server.port}/v1", tokenizer)
+    assert engine.compresses
+    assert engine.max_model_len == LIMIT
+    methods = find(["snapkv", "adakv"])
+    asks = []
+    for case in cases(methods, (0.5,)):
+        extra = METHODS[case.method].request(case.keep)
+        asks.append(Ask(f"{case.method} answer", prompt(512), 8, extra, stop=("e",)))
+        forced = tuple(prompt(6))
+        asks.append(
+            Ask(f"{case.method} forced", prompt(512), 0, extra, forced=forced, top_logprobs=5)
+        )
+    answers = {a.key: a for a in engine.answer([asks])}
+    assert len(answers) == 6
+    for case in cases(methods, (0.5,)):
+        answer, forced_one = answers[f"{case.method} answer"], answers[f"{case.method} forced"]
+        assert forced_one.tokens == len(forced_one.records) == 6
+        assert all(len(record.top_ids) == 5 for record in forced_one.records)
+        assert "e" not in answer.text
+        for one in (answer, forced_one):
+            assert (one.kept or {}).get("keep") == (None if case.method == "full" else 0.5)
+    # Before anything is dropped, the first token is as likely under every method.
+    firsts = [answers[f"{m.name} forced"].records[0].forced for m in methods]
+    assert firsts == pytest.approx([firsts[0]] * 3, abs=0.2)  # bfloat16, other batches
+
+
+def test_forced_text_must_be_tokens(server: Server) -> None:
+    with pytest.raises(ServerError, match="must be a list of token ids") as error:
+        complete(server, prompt(32), {"forced_token_ids": "12"})
+    assert error.value.status == 400
 
 
 @pytest.mark.parametrize(

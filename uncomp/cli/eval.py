@@ -66,6 +66,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", default="0.5,0.25,0.125,0.0625", help="keep ratios")
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--data", help="folder with data sets, where no hub can be reached")
+    parser.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="OWNER/NAME@REVISION",
+        help="read a hub data set at this revision",
+    )
     parser.add_argument("--calibration", help="file of `uncomp calibrate`")
     parser.add_argument("--base-url", help="of a running server, e.g. http://localhost:8000/v1")
     parser.add_argument("--served-model", help="name on that server")
@@ -135,6 +142,7 @@ def _new_run(args: argparse.Namespace) -> Any:
         keeps=tuple(float(word) for word in _words(args.keep)),
         chat=args.chat,
         data=args.data,
+        pins=tuple(args.pin),
         calibration=args.calibration,
         engine=_pairs("--engine", args.engine),
         base_url=args.base_url,

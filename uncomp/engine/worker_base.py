@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -18,6 +19,8 @@ from uncomp.engine.cache_manager import CompressedSpec
 from uncomp.engine.orders import ATTRIBUTE, Receipt, StepPlan
 from uncomp.engine.settings import engine_config, make_policy
 from uncomp.patches import engine_config as engine_config_patch
+
+logger = logging.getLogger("vllm.uncomp")
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Worker
@@ -78,6 +81,24 @@ class CompactingWorker(_Worker):
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
+        try:
+            return self._execute(scheduler_output)
+        except Exception:
+            if self._heard():
+                raise
+            # vLLM drops what other ranks raise and waits for the one it hears, which waits for
+            # this one: end the process, which vLLM notices.
+            logger.exception("worker %d cannot go on; it ends, and the engine with it", self.rank)
+            raise SystemExit(1) from None
+
+    def _heard(self) -> bool:
+        """Whether vLLM's executor takes its answers from this rank: the first of the last stage."""
+        parallel = self.vllm_config.parallel_config
+        if parallel.distributed_executor_backend != "mp":
+            return True  # one process, or an executor that hears all
+        return self.rank == parallel.world_size - parallel.tensor_parallel_size
+
+    def _execute(self, scheduler_output: Any) -> Any:
         plan: StepPlan | None = getattr(scheduler_output, ATTRIBUTE, None)
         if self._seat is None or plan is None:
             return super().execute_model(scheduler_output)  # type: ignore[safe-super]
