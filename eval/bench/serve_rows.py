@@ -137,6 +137,10 @@ def _middle(values: list[float]) -> tuple[float, float, float]:
 def _cell(values: tuple[float, float, float] | None, unit: str) -> str:
     if values is None:
         return "-"
-    middle, low, high = (f"{value:.4g}" for value in values)
+    middle, low, high = (_shown(value) for value in values)
     spread = f" ({low} to {high})" if low != high else ""
     return f"{middle} {unit}".rstrip() + spread
+
+
+def _shown(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -101,7 +101,8 @@ class Store:
         self, results: list[Measured], traffic: str, labels: dict[str, str]
     ) -> tuple[list[rows_.Row], str]:
         """Write rows, table and JSON; the rows and the table."""
-        facts = serve_rows.facts(results)
+        named = {k: str(self.settings[k]) for k in ("model", "pool_bytes") if k in self.settings}
+        facts = {**serve_rows.facts(results), **named}
         found = serve_rows.rows(results, traffic, labels)
         table = serve_rows.table(results, labels)
         self.output(".csv").unlink(missing_ok=True)  # of this run, see claim()

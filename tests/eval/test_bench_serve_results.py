@@ -197,6 +197,10 @@ def test_table_and_points() -> None:
     assert compressed.metrics["output_throughput"] == pytest.approx((22, 20.8, 23.2))
 
 
+def test_large_numbers_are_written_out() -> None:
+    assert "| TTFT p50 | 10151 ms |" in serve_rows.table([one(p50_ttft_ms=10150.6)], LABELS)
+
+
 def test_results_survive_a_file(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     record = one()
@@ -231,14 +235,14 @@ def test_rows_of_others_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_published_files(tmp_path: Path) -> None:
-    store = Store(tmp_path, "s", {"seed": 0})
+    store = Store(tmp_path, "s", {"seed": 0, "model": "m", "pool_bytes": 5})
     store.claim(force=False)
     store.publish(four(), "t", LABELS)
     store.publish(four(), "t", LABELS)  # again: the same rows, once
     with open(tmp_path / "s.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len({(r["setting"], r["metric"]) for r in lines}) == len(lines) > 40
-    assert {r["commit"] for r in lines} == {"c1 + c2"}
+    assert {(r["commit"], r["model"], r["pool_bytes"]) for r in lines} == {("c1 + c2", "m", "5")}
     data = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     series = [serve_records.HeldSeries(**held) for held in data["held"]]
     assert [s.round for s in series] == [1, 1, 2, 2]
