@@ -133,18 +133,18 @@ def _new_run(args: argparse.Namespace) -> Any:
     plan = Plan(
         model=args.model,
         revision=args.revision,
-        tasks=tuple(_words(args.tasks)),
-        lengths=tuple(int(word) for word in _words(args.lengths)),
+        tasks=tuple(words(args.tasks)),
+        lengths=tuple(int(word) for word in words(args.lengths)),
         samples=args.samples,
         seed=args.seed,
-        methods=tuple(_words(args.methods)),
-        custom=_pairs("--method", args.method),
-        keeps=tuple(float(word) for word in _words(args.keep)),
+        methods=tuple(words(args.methods)),
+        custom=named_values("--method", args.method),
+        keeps=tuple(float(word) for word in words(args.keep)),
         chat=args.chat,
         data=args.data,
         pins=tuple(args.pin),
         calibration=args.calibration,
-        engine=_pairs("--engine", args.engine),
+        engine=named_values("--engine", args.engine),
         base_url=args.base_url,
         served_model=args.served_model,
         top_logprobs=args.top_logprobs,
@@ -153,11 +153,17 @@ def _new_run(args: argparse.Namespace) -> Any:
     return Store.create(args.out or Path("uncomp-eval", plan.name()), plan)
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The parts of a comma-separated argument."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _pairs(flag: str, given: list[str]) -> dict[str, Any]:
+def named_values(flag: str, given: list[str]) -> dict[str, Any]:
+    """What a repeated ``NAME=JSON`` argument says.
+
+    Raises:
+        ValueError: one is not of that form.
+    """
     pairs = {}
     for pair in given:
         name, equals, value = pair.partition("=")
