@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import uncomp
-from uncomp.cli import bench, calibrate, demo, doctor, eval, inspect, serve
+from uncomp.cli import bench, calibrate, demo, doctor, eval, inspect, serve, tune
 
 #: Their arguments are mostly vLLM's and must reach it untouched, so argparse does not see them.
 PASS_THROUGH = {"serve": serve.run, "bench": bench.run, "doctor": doctor.run}
@@ -38,6 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"uncomp {uncomp.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (serve, doctor, demo, eval, bench, calibrate, inspect):
+    for module in (serve, doctor, demo, eval, tune, bench, calibrate, inspect):
         module.add_parser(subparsers)
     return parser
