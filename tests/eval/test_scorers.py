@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from uncomp.eval.tasks import scorers
+from uncomp.eval.tasks import generation, instructions, scorers
 from uncomp.eval.tasks.base import Sample, Turn
 
 
@@ -15,12 +15,14 @@ def value(metric: str, prediction: str, *references: str, **facts: object) -> fl
     return scorers.score(metric, prediction, turn, sample)
 
 
-def test_the_registry_has_every_metric_under_its_own_name() -> None:
-    assert set(scorers.METRICS) == {
+def test_every_metric_is_found_under_its_own_name() -> None:
+    own = (
         *("all_references", "any_reference", "choice", "classification", "contains", "edit"),
         *("edit_similarity", "exact_match", "f1", "last_number", "not_contained", "number_match"),
         "rouge_l",
-    }
+    )
+    assert [scorers.METRICS[name].__name__ for name in own] == [*own]
+    assert {*generation.METRICS, *instructions.METRICS} == {*scorers.METRICS} - {*own}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,7 @@ def test_the_registry_has_every_metric_under_its_own_name() -> None:
         ("choice", "A, B and C", ("ABC",), 1),
         ("choice", "A and B", ("ABC",), 0),
         ("choice", "", ("A",), 0),
+        ("choice", "none of them", ("",), 0),
     ],
     ids=lambda part: part if isinstance(part, str) else None,
 )
