@@ -22,7 +22,8 @@ class Options:
     Attributes:
         model, revision, chat, engine, base_url, served_model: see :class:`Plan`.
         data: JSON lines of the user's; None for tasks.
-        tasks, lengths: built-in tasks.
+        tasks, lengths, task_data, pins: built-in tasks; the last two as ``data`` and ``pins`` of
+            :class:`Plan`.
         samples: per task and length, or rows of ``data`` at most (None: 60, or all).
         max_tokens, metric: of rows that do not say.
         space: what is searched.
@@ -48,6 +49,7 @@ class Options:
     tasks: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (4096,)
     task_data: str | None = None
+    pins: tuple[str, ...] = ()
     samples: int | None = None
     max_tokens: int = 64
     metric: str = "contains"
@@ -96,6 +98,7 @@ class Options:
             keeps=self.space.keeps,
             chat=self.chat,
             data=self.task_data,
+            pins=self.pins,
             engine=self.engine,
             base_url=self.base_url,
             served_model=self.served_model,

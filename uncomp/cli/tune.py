@@ -49,6 +49,13 @@ def _add_data(group: Any) -> None:
     group.add_argument("--lengths", default="4096", help="of the tasks' prompts, tokens")
     group.add_argument("--task-data", metavar="FOLDER", help="data sets, where no hub is reached")
     group.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="OWNER/NAME@REVISION",
+        help="read a hub data set at this revision",
+    )
+    group.add_argument(
         "--samples", type=int, help="per task and length, or rows at most (default: 60, or all)"
     )
     group.add_argument("--metric", default="contains", help="of rows that name none")
@@ -128,6 +135,7 @@ def options(args: argparse.Namespace) -> Any:
         tasks=tuple(words(args.tasks)),
         lengths=tuple(int(word) for word in words(args.lengths)),
         task_data=args.task_data,
+        pins=tuple(args.pin),
         samples=args.samples,
         max_tokens=args.max_tokens,
         metric=args.metric,
