@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from uncomp.eval import lm_eval_cli
 from uncomp.eval.tasks.base import Wanted
 from uncomp.eval.tasks.needle import TASKS
 
@@ -60,8 +62,6 @@ def test_generation_task(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from lm_eval import simple_evaluate
-
     trace = tmp_path / "trace"
     arguments: dict[str, Any] = {
         "pretrained": str(demo_model),
@@ -70,13 +70,13 @@ def test_generation_task(
         "kv_cache_memory_bytes": 200_000_000,
         "additional_config": {"uncomp": {"keep": 0.5, "trace": str(trace)}},
     }
-    found = simple_evaluate(
-        model="vllm",
-        model_args=arguments,
-        tasks=[str(task)],
-        apply_chat_template=True,
-        bootstrap_iters=0,
-    )
+    output = tmp_path / "output"
+    words = ["run", "--model", "vllm", "--model_args", json.dumps(arguments), "--tasks", str(task)]
+    words += ["--apply_chat_template", "--output_path", str(output)]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+    lm_eval_cli.main()
+    [file] = output.rglob("results_*.json")
+    found = json.loads(file.read_text())
     assert found["results"]["my_needle"]["exact_match,number"] >= 0.5
     records = (trace / "kept-0.jsonl").read_text().splitlines()
     assert len(records) == COUNT  # every prompt was compacted

