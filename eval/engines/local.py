@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from uncomp.eval.engines.base import FORCED, Answer, Ask, EngineError
+from uncomp.eval.engines.identity import identity
 from uncomp.eval.engines.records import token_record
 from uncomp.eval.tasks.teacher_forcing import TokenRecord
 
@@ -66,8 +67,9 @@ class LocalEngine:
         text = model.hf_text_config
         return {
             "engine": "in process",
-            "model": model.model,
-            "revision": model.revision or getattr(model.hf_config, "_commit_hash", None),
+            **identity(
+                model.model, model.revision or getattr(model.hf_config, "_commit_hash", None)
+            ),
             "architecture": (model.hf_config.architectures or ["?"])[0],
             "layers": text.num_hidden_layers,
             "kv_heads": model.get_total_num_kv_heads(),

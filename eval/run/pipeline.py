@@ -51,8 +51,6 @@ def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = Non
         plan = store.plan
         chosen = check(plan)
         store.add_facts(
-            model=plan.model,
-            revision=plan.revision,
             seeds=plan.seed,
             methods={m.name: asdict(m) for m in chosen},
             rule_for_long_prompts=CUT_RULE,
