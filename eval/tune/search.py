@@ -7,7 +7,8 @@ liar"), because settings that are tried together share the prefill of each promp
 
 Two things help a small budget. The first settings are the first values of the space at keep ratios
 spread over its range. And as soon as something is feasible, one place of every batch is given to
-the next smaller keep ratio that was not tried with the best setting's other values.
+the next smaller keep ratio: with the best setting's other values, or, if that was too small, with
+one of them changed.
 
 The search is a function of its seed and of what it measures. It is repeated from its beginning when
 a run goes on; the answers on disk make that quick.
@@ -15,7 +16,7 @@ a run goes on; the answers on disk make that quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,13 +143,23 @@ def _enqueue_below_best(state: _State) -> None:
     found = best(list(state.tried.values()))
     if found is None:
         return
-    setting, space = found.setting, state.space
-    pooling = space.poolings[0] if setting.pooling is None else setting.pooling
-    for step in reversed(range(space.keeps.index(setting.keep))):
-        below = space.setting(setting.policy, pooling, setting.window, step)
-        if below not in state.tried:
-            _enqueue(state, setting.policy, pooling, setting.window, step)
+    for point in _below(state.space, found.setting):
+        if state.space.setting(*point) not in state.tried:
+            _enqueue(state, *point)
+            return
+
+
+def _below(space: Space, setting: Setting) -> Iterator[tuple[str, int, int, int]]:
+    """One keep ratio below a setting: with its other values, then with one of them changed."""
+    step = space.keeps.index(setting.keep) - 1
+    if step < 0:
         return
+    policy, window = setting.policy, setting.window
+    pooling = space.poolings[0] if setting.pooling is None else setting.pooling
+    yield policy, pooling, window, step
+    yield from ((policy, pooling, other, step) for other in space.windows)
+    yield from ((policy, other, window, step) for other in space.poolings)
+    yield from ((other, pooling, window, step) for other in space.policies)
 
 
 def _enqueue(state: _State, policy: str, pooling: int, window: int, step: int) -> None:

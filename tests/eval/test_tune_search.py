@@ -21,11 +21,13 @@ from uncomp.eval.methods import Method
 from uncomp.eval.run import pipeline
 from uncomp.eval.run.plan import Plan, PlanError
 from uncomp.eval.tasks.teacher_forcing import TokenRecord
+from uncomp.eval.tune.bounds import Bounds
 from uncomp.eval.tune.options import Options
-from uncomp.eval.tune.race import IN, OUT, UNDECIDED
+from uncomp.eval.tune.race import IN, OUT, UNDECIDED, Outcome
 from uncomp.eval.tune.result import Result
 from uncomp.eval.tune.run import tune
-from uncomp.eval.tune.space import Space, SpaceError, keep_grid
+from uncomp.eval.tune.search import search
+from uncomp.eval.tune.space import Setting, Space, SpaceError, keep_grid
 from uncomp.eval.tune.speed import compare
 
 #: keep ratio from which on a policy loses nothing; below it loses all of what it lacks
@@ -312,3 +314,17 @@ def test_space() -> None:
     with pytest.raises(SpaceError, match="0 < low < high"):
         keep_grid(0.5, 0.25, 3)
     assert keep_grid(0.125, 0.5, 3) == (0.125, 0.25, 0.5)
+
+
+def test_a_small_space_is_tried_once_and_whole() -> None:
+    space = Space(("random", "adakv"), (15, 7), (8,), (0.25, 0.5))
+    tried: list[Setting] = []
+
+    def try_all(settings: Sequence[Setting]) -> list[Outcome]:
+        tried.extend(settings)
+        loss = Bounds(0.0, -0.1, 0.1, 10, "")
+        return [Outcome(s, UNDECIDED, loss, 1.0, 1.0, s.keep, 1, False) for s in settings]
+
+    found = search(space, try_all, 0.01, trials=100, parallel=4, seed=0)
+    assert [outcome.setting for outcome in found] == tried
+    assert sorted(tried, key=str) == sorted(space.all(), key=str)
