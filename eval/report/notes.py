@@ -40,7 +40,7 @@ def _infinite(scored: Sequence[Scored]) -> str:
 
 
 def _without_baseline(cases: Sequence[Case]) -> str:
-    ratios = {case.keep for case in cases if case != FULL}
+    ratios = {case.keep for case in cases if case.keep < FULL.keep}
     without = ratios - {case.keep for case in cases if case.method == BASELINE}
     listed = ", ".join(f"{keep:g}" for keep in sorted(without, reverse=True))
     return f"SnapKV was not run at keep {listed}: no comparison with it there." if without else ""

@@ -22,7 +22,6 @@ from uncomp.eval.report import Held, Throughput, write_report
 from uncomp.eval.report.analysis import Analysis, analyse, best
 from uncomp.eval.report.cases import Measure, grouped
 from uncomp.eval.report.facts import data_hash, run_facts
-from uncomp.eval.report.regressions import cuts, flips, kept, lengths
 from uncomp.eval.report.rows import COLUMNS, read_rows, rows, write_rows
 from uncomp.eval.report.stats import Difference, Interval
 from uncomp.eval.report.wording import difference_cell, number, signed
@@ -157,7 +156,15 @@ def test_page_shows_every_case_task_and_fact(folder: Path, analysis: Analysis) -
         assert f"{case.method}, keep {case.keep:g}: " in text
     for task in ("ruler/a", "ruler/b", "qa", "text"):
         assert f"{task}: " in text
-    wanted = ("CC0-1.0", "ab" * 32, "0.32.0", "all tasks: score", "lower is better", "n = 24")
+    wanted = (
+        "CC0-1.0",
+        "ab" * 32,
+        "0.32.0",
+        "all tasks: score",
+        "lower is better",
+        "n = 24",
+        "needles at keep 0.5",
+    )
     for words in wanted:
         assert words in text
     assert text.count("not recorded") >= 4  # revision, machine, commit, date
@@ -204,6 +211,8 @@ def test_rows_say_where_they_come_from(folder: Path) -> None:
     assert (row.seed, row.versions, row.keep_measured) == ("7", "vllm 0.32.0", 0.25)
     assert row.data == data_hash(FACTS, "ruler/a")
     assert found["text", "nll", "uncomp", 0.25].better == "lower"
+    both = found["ruler", "score", "uncomp", 0.25]
+    assert (row.over, row.tasks, both.over, both.tasks, both.n) == ("task", 1, "macro", 2, 48)
     assert found["ruler/a", "match", "full", 1.0].full_difference is None
     assert found["ruler/a", "match", "snapkv", 0.25].snapkv_difference is None
 
@@ -246,12 +255,13 @@ def test_macro_average_by_hand() -> None:
 
 def test_best_lacks_no_task_and_is_not_the_full_cache() -> None:
     scored = []
-    for index, case in enumerate((FULL, SNAP, OURS, Case("partial", 0.25), Case("alone", 0.5))):
+    others = (Case("partial", 0.25), Case("alone", 0.5), Case("all", 1.0), FULL)
+    for index, case in enumerate((SNAP, OURS, *others)):
         for task in ("r/a", "r/b"):
             if (case.method, task) != ("partial", "r/b"):
                 scored += [score(task, f"s{i}", case, 0.1 * index) for i in range(3)]
     winners = {case for _, case in best(analyse(scored, resamples=9).macros)}
-    assert winners == {OURS}  # partial is higher but lacks a task; alone has no rival
+    assert winners == {OURS}  # partial is better but lacks a task; alone and all have no rival
 
 
 def test_lower_is_better_marks_the_lowest(analysis: Analysis) -> None:
@@ -317,43 +327,6 @@ def test_one_sample_has_no_interval(tmp_path: Path) -> None:
 def test_refused(scored: list[Scored], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         analyse(scored)
-
-
-def test_flips_by_hand() -> None:
-    full = [score("a", n, FULL, v) for n, v in zip("wxyz", (1.0, 0.5, 0.4, 0.0), strict=True)]
-    case = [score("a", n, OURS, v) for n, v in zip("wxyv", (0.4, 0.6, 0.9, 1.0), strict=True)]
-    found = flips(full, case)
-    assert found
-    assert [f.sample for f in found.lost] == ["w"]
-    assert [f.sample for f in found.gained] == ["y"]
-    assert (found.compared, found.right_full, found.unpaired) == (3, 2, 2)
-    assert flips(full, [dataclasses.replace(case[0], higher_is_better=False)]) is None
-
-
-def test_lengths_by_hand() -> None:
-    full = [score("a", str(i), FULL, 1.0, output_tokens=10) for i in range(5)]
-    case = [score("a", str(i), OURS, 1.0, output_tokens=10 + i) for i in range(5)]
-    forced = [score("t", "0", c, 1.0, output_tokens=0) for c in (FULL, OURS)]
-    found = lengths([*full, forced[0]], [*case, forced[1]])
-    assert found
-    assert (found.n, found.full, found.mean, found.change) == (5, 10.0, 12.0, 2.0)
-    assert found.quantiles == pytest.approx((0.2, 1.0, 2.0, 3.0, 3.8))
-    assert lengths(forced[:1], forced[1:]) is None
-
-
-def test_kept_counts_turns_once_and_says_what_it_was_not_told() -> None:
-    told = [score("a", "s", OURS, 1.0, metric=m, keep_measured=0.3) for m in ("x", "y")]
-    scored = [*told, score("a", "t", OURS, 1.0, keep_measured=0.2)]
-    found = kept([*scored, score("a", "u", OURS, 1.0, keep_measured=None)])
-    assert (found.n, found.silent, found.low, found.high) == (2, 1, 0.2, 0.3)
-    assert found.mean == pytest.approx(0.25)
-    assert kept([score("a", "u", OURS, 1.0, keep_measured=None)]).mean is None
-
-
-def test_cuts_count_a_prompt_once() -> None:
-    scored = [score("a", "s", case, 1.0, cut_tokens=30) for case in (FULL, OURS)]
-    [found] = cuts([*scored, score("a", "t", FULL, 1.0)])
-    assert (found.turns, found.cut, found.mean, found.most) == (2, 1, 30.0, 30)
 
 
 @pytest.mark.parametrize(

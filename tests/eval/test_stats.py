@@ -1,7 +1,9 @@
-"""Intervals and differences against cases worked by hand, against scipy and by simulation."""
+"""Intervals, differences and changes: by hand, against scipy and by simulation."""
 
+import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 pytest.importorskip("scipy")
 from scipy.stats import bootstrap, norm
 
+from uncomp.eval.report.regressions import cuts, flips, kept, lengths
 from uncomp.eval.report.stats import (
     CONFIDENCE,
     SEED,
@@ -18,11 +21,20 @@ from uncomp.eval.report.stats import (
     interval,
     sign_test,
 )
+from uncomp.eval.run.records import Case, Scored
+
+FULL, SNAP, OURS = Case("full"), Case("snapkv", 0.25), Case("uncomp", 0.25)
 
 
 def values(*numbers: float) -> Values:
     """One turn per sample."""
     return {f"s{index:03}": {0: number} for index, number in enumerate(numbers)}
+
+
+def answer(
+    task: str, sample: str, case: Case, value: float, metric: str = "match", **more: Any
+) -> Scored:
+    return Scored(task, sample, 0, case, metric, value, **more)
 
 
 def test_mean_of_task_means_not_of_samples() -> None:
@@ -31,9 +43,9 @@ def test_mean_of_task_means_not_of_samples() -> None:
 
 
 def test_turns_of_a_sample_are_averaged_first() -> None:
-    # by turns it would be 3 / 4
-    found = estimate([{"a": {0: 1.0, 1: 1.0, 2: 1.0}, "b": {0: 0.0}}])
-    assert (found.mean, found.n, found.turns) == (0.5, 2, 4)
+    # by turns it would be 3 / 5, by first turns 0
+    found = estimate([{"a": {0: 0.0, 1: 1.0, 2: 1.0, 3: 1.0}, "b": {0: 0.0}}])
+    assert (found.mean, found.n, found.turns) == (0.375, 2, 5)
 
 
 def test_samples_are_resampled_not_turns() -> None:
@@ -203,3 +215,45 @@ def test_coverage() -> None:
         assert found
         hits += found.interval.low <= -0.2 <= found.interval.high
     assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_flips_by_hand() -> None:
+    full = [
+        answer("a", n, FULL, v) for n, v in zip("uwxyz", (0.5, 1.0, 0.5, 0.4, 0.0), strict=True)
+    ]
+    case = [
+        answer("a", n, OURS, v) for n, v in zip("uwxyv", (0.4, 0.4, 0.5, 0.5, 1.0), strict=True)
+    ]
+    found = flips(full, case)
+    assert found
+    assert [f.sample for f in found.lost] == ["u", "w"]
+    assert [f.sample for f in found.gained] == ["y"]
+    assert (found.compared, found.right_full, found.unpaired) == (4, 3, 2)
+    assert flips(full, [dataclasses.replace(case[0], higher_is_better=False)]) is None
+
+
+def test_lengths_by_hand() -> None:
+    full = [answer("a", str(i), FULL, 1.0, output_tokens=10) for i in range(5)]
+    case = [answer("a", str(i), OURS, 1.0, output_tokens=10 + i) for i in range(5)]
+    forced = [answer("t", "0", c, 1.0, output_tokens=0) for c in (FULL, OURS)]
+    found = lengths([*full, forced[0]], [*case, forced[1]])
+    assert found
+    assert (found.n, found.full, found.mean, found.change) == (5, 10.0, 12.0, 2.0)
+    assert found.quantiles == pytest.approx((0.2, 1.0, 2.0, 3.0, 3.8))
+    assert lengths(forced[:1], forced[1:]) is None
+
+
+def test_kept_counts_turns_once_and_says_what_it_was_not_told() -> None:
+    told = [answer("a", "s", OURS, 1.0, metric=m, keep_measured=0.3) for m in ("x", "y")]
+    scored = [*told, answer("a", "t", OURS, 1.0, keep_measured=0.2)]
+    found = kept([*scored, answer("a", "u", OURS, 1.0, keep_measured=None)])
+    assert (found.n, found.silent, found.low, found.high) == (2, 1, 0.2, 0.3)
+    assert found.mean == pytest.approx(0.25)
+    assert kept([answer("a", "u", OURS, 1.0, keep_measured=None)]).mean is None
+
+
+def test_cuts_count_a_prompt_once() -> None:
+    cut = {SNAP: 10, FULL: 30, OURS: 20}  # the most counts
+    scored = [answer("a", "s", case, 1.0, cut_tokens=count) for case, count in cut.items()]
+    [found] = cuts([*scored, answer("a", "t", FULL, 1.0)])
+    assert (found.turns, found.cut, found.mean, found.most) == (2, 1, 30.0, 30)
