@@ -32,6 +32,7 @@ class Result:
         samples: there are.
         speeds: by name of the setting.
         longest: tokens of the longest prompt.
+        cut: prompts that were too long for the model and lost tokens from the middle.
     """
 
     options: Options
@@ -42,6 +43,7 @@ class Result:
     samples: int
     speeds: Mapping[str, Comparison]
     longest: int
+    cut: int = 0
 
     @property
     def chosen(self) -> Outcome | None:
@@ -164,6 +166,16 @@ class Result:
             lines.append(
                 f"Decode tokens/s of {speed.batch} requests at a time, median (20 % to 80 % of "
                 f"{speed.own.repeats}); each setting beside the full cache, whose first is shown."
+            )
+        if self.cut:
+            lines.append(
+                f"{self.cut} prompts were longer than the model's window and lost tokens from the "
+                f"middle."
+            )
+        if all(outcome.keep >= 1 for outcome in tried):
+            lines.append(
+                f"Nothing was ever dropped: prompts have at most {self.longest} tokens, and those "
+                f"below min_tokens={tried[0].setting.config().min_tokens} are never compressed."
             )
         if 100 * self.full <= self.options.max_loss:
             lines.append(

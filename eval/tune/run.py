@@ -71,7 +71,15 @@ def tune(options: Options, out: Path | None, say: Say, start: StartEngine | None
         most = max(outcome.loss.n for outcome in outcomes)
         full = judge.full_mean(samples[:most])
         result = Result(
-            options, ledger.facts(), outcomes, full, most, len(samples), speeds, _longest(ledger)
+            options,
+            ledger.facts(),
+            outcomes,
+            full,
+            most,
+            len(samples),
+            speeds,
+            longest=max(prediction.prompt_tokens for prediction in ledger.made),
+            cut=len({(p.task, p.sample) for p in ledger.made if p.cut_tokens}),
         )
         result.write(ledger.folder)
         chosen = best(outcomes)
@@ -216,10 +224,6 @@ def _search(
             options.seed,
         )
     return judge, found
-
-
-def _longest(ledger: Ledger) -> int:
-    return max(prediction.prompt_tokens for prediction in ledger.made)
 
 
 def _speeds(

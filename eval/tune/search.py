@@ -83,8 +83,11 @@ def search(
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The smallest within the limit; of equals the one with the lower upper bound."""
-    found = [outcome for outcome in outcomes if outcome.verdict == IN]
+    """The smallest within the limit; of equals the one with the lower upper bound.
+
+    Not one that dropped nothing (prompts shorter than ``min_tokens``): its loss says nothing.
+    """
+    found = [outcome for outcome in outcomes if outcome.verdict == IN and outcome.keep < 1]
     return min(found, key=lambda o: (o.keep, o.loss.upper), default=None)
 
 

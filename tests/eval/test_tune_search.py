@@ -52,7 +52,8 @@ class Known:
 
     tokenizer, max_model_len, compresses = Letters(), 8192, True
 
-    def __init__(self, life: int = 10**9) -> None:
+    def __init__(self, life: int = 10**9, short: bool = False) -> None:
+        self.short = short
         self.life, self.asked, self.closed = life, list[Ask](), False
         self.now = 0.0
 
@@ -80,6 +81,8 @@ class Known:
         keep = ask.extra.get("kv_keep")
         kept = None
         if keep is not None:
+            kept = {"compactions": 0, "full_tokens": 0, "kept_tokens": 0}
+        if keep is not None and not self.short:
             kept = {"compactions": 1, "full_tokens": 10000, "kept_tokens": int(9000 * keep)}
         right = True
         if keep is not None:
@@ -221,6 +224,16 @@ def test_result_files(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "24 settings were compared" in table
     assert "not below the limit" in table  # 180 samples do not allow for 24 comparisons
     assert all(o.corrected is not None and o.corrected > o.loss.upper for o in result.outcomes)
+
+
+def test_what_was_never_compressed_is_not_chosen(data: Path, tmp_path: Path) -> None:
+    engine = Known(short=True)
+    given = options(data, trials=4, space=Space(("adakv",), keeps=KEEPS[6:]))
+    result = tune(given, tmp_path / "run", lambda text: None, lambda *_: engine)
+    assert {(o.keep, o.verdict) for o in result.outcomes} == {(1.0, IN)}
+    assert result.chosen is None
+    assert "Nothing was ever dropped" in result.markdown()
+    assert "min_tokens=256" in result.markdown()
 
 
 def test_too_few_samples_are_said_and_show_nothing(data: Path, tmp_path: Path) -> None:
