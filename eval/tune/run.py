@@ -27,7 +27,7 @@ from uncomp.eval.tune.options import Options, same_search
 from uncomp.eval.tune.progress import Progress
 from uncomp.eval.tune.race import Outcome, corrected_upper, race
 from uncomp.eval.tune.result import Result
-from uncomp.eval.tune.search import best, pareto, search
+from uncomp.eval.tune.search import best, need_optuna, pareto, search
 from uncomp.eval.tune.space import Setting
 from uncomp.eval.tune.speed import Comparison, Rate, SpeedError, compare
 
@@ -50,6 +50,7 @@ def tune(options: Options, out: Path | None, say: Say, start: StartEngine | None
         DataError: data of a built-in task cannot be had.
         EngineError: the engine failed; the same call goes on from there.
     """
+    need_optuna()
     rows = None if options.data is None else _rows(options)
     plan = _plan(options, rows)
     ledger = Ledger.create(out or Path("uncomp-tune", _name(plan, options)), plan)

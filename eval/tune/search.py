@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from uncomp.eval.tasks.base import DataError
+from uncomp.eval.tasks.sources import INSTALL
 from uncomp.eval.tune.race import IN, Outcome
 from uncomp.eval.tune.space import Setting, Space
 
@@ -59,10 +61,9 @@ def search(
     Raises:
         ValueError: no trials.
     """
-    import optuna
-
     if trials < 1 or parallel < 1:
         raise ValueError(f"trials={trials}, parallel={parallel}: must be at least 1")
+    optuna = need_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
     state = _State(optuna.create_study(sampler=sampler), space)
@@ -80,6 +81,21 @@ def search(
             for trial in asked[outcome.setting]:
                 _tell(state.study, trial, outcome, limit)
     return list(state.tried.values())
+
+
+def need_optuna() -> Any:
+    """The sampler's library.
+
+    Raises:
+        DataError: it is missing, or older than what says constraints by trial.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise DataError(f"the search needs optuna ({error}): {INSTALL}") from error
+    if not hasattr(optuna.trial.Trial, "set_constraint"):
+        raise DataError(f"optuna {optuna.__version__} is too old: pip install 'optuna>=5'")
+    return optuna
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
