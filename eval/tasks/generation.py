@@ -31,6 +31,7 @@ _COPY_QUESTION = (
     "same order. Write nothing else."
 )
 _COUNT_HEAD = "Here is a text. Afterwards I will give you a task that has to do with counting.\n\n"
+_BEGUN = 3  # lines of the count that stand in the model's mouth
 _WEEK = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -113,8 +114,8 @@ def _records(draw: random.Random) -> list[str]:
 def build_count(wanted: Wanted) -> Built:
     """Samples of ``generation/count``: numbered lines with a weekday each, to be continued.
 
-    The lines must be right in both, the number and the weekday. The first is put in the model's
-    mouth and not scored.
+    The lines must be right in both, the number and the weekday. The first are put in the model's
+    mouth and not scored: they show the form, which a small model would otherwise miss.
 
     Facts: ``length``; ``lines`` to write.
     """
@@ -128,16 +129,14 @@ def _count_sample(wanted: Wanted, running: RunningText, index: int) -> Sample:
     draw = draw_for(name, wanted, index)
     number, weekday = draw.randrange(1, 100), draw.randrange(len(_WEEK))
     days = [f"Day {number + i}: {_WEEK[(weekday + i) % len(_WEEK)]}" for i in range(ANSWER_TOKENS)]
-    first, *rest = _fitting(wanted, days, lists=1)
+    lines = _fitting(wanted, days, lists=1)
+    begun, rest = lines[:_BEGUN], lines[_BEGUN:]
     question = (
-        f"\n\nNever mind the text. Count the days from {first!r} to {rest[-1]!r}. Write one line "
-        f"for every day, with its number and its weekday, in this form:\n"
-        f"{first}\n{rest[0]}\n{rest[1]}\nand so on. Write nothing else."
+        f"\n\nNever mind the text. Count the days from {lines[0]!r} to {lines[-1]!r}. Write one "
+        "line for every single day, with its number and its weekday, and leave none out."
     )
-    # A model that counts on would use up its tokens.
-    turn = _turn(
-        wanted, question, rest, prefix=f"{first}\n", stop=(f"Day {number + len(rest) + 1}:",)
-    )
+    beyond = f"Day {number + len(lines)}:"  # a model that counts on would use up its tokens
+    turn = _turn(wanted, question, rest, prefix="\n".join((*begun, "")), stop=(beyond,))
     tokens = room(name, wanted, (turn,), _COUNT_HEAD, least=64)
     context = running.passage(tokens, draw).text
     facts = {"length": wanted.length, "lines": len(rest)}

@@ -140,7 +140,8 @@ def test_days_count_on_by_number_and_weekday() -> None:
         start, weekday = int(lines[0].split()[1][:-1]), WEEK.index(lines[0].split()[2])
         assert lines == [f"Day {start + i}: {WEEK[(weekday + i) % 7]}" for i in range(len(lines))]
         assert turn.stop == (f"Day {start + len(lines)}:",)
-        for shown in (lines[0], lines[1], lines[2], lines[-1]):
-            assert shown in turn.question
-        assert "\n".join(lines[:4]) not in turn.question
+        assert lines[0] in turn.question
+        assert lines[-1] in turn.question
+        assert len(turn.prefix.splitlines()) == 3
+        assert turn.prefix.endswith("\n")
     assert len({s.turns[0].prefix.split()[2] for s in samples(COUNT, count=20)}) > 4
