@@ -1,6 +1,7 @@
 """`uncomp tune`: the smallest cache whose loss is below a limit, on your own data."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def _add_tables(group: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    # Standard output is for the table; read by vLLM when it is imported.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from uncomp.eval.engines.base import EngineError
     from uncomp.eval.tasks.base import DataError
     from uncomp.eval.tune.run import tune
