@@ -279,6 +279,7 @@ def test_command_line(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline, "start_engine", lambda plan, methods: Known())
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # put back after the test
     common = ["tune", "m", "--data", str(data), "--no-chat", "--no-speed", "--trials", "8"]
     found = main([*common, "--max-loss", "3", "--out", str(tmp_path / "a")])
     assert found == 0
