@@ -116,7 +116,7 @@ def test_forced_text_comes_back_with_its_probabilities(fake: Fake) -> None:
     assert fake.bodies[0]["max_tokens"] == 2
     assert fake.bodies[0]["ignore_eos"]
     fake.forced = False
-    with pytest.raises(EngineError, match="--logits-processors uncomp.eval.engines.forced"):
+    with pytest.raises(EngineError, match=r"--logits-processors uncomp\.eval\.engines\.forced"):
         list(engine.answer([[ask(forced=(8, 5), top_logprobs=2)]]))
 
 
