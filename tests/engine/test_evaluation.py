@@ -21,7 +21,7 @@ from uncomp.eval.run.records import Case
 from uncomp.eval.run.store import Store
 from uncomp.policies import LayerView, Policy, registry
 
-LENGTH, SAMPLES = 704, 5
+LENGTH, SAMPLES = 704, 3
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from uncomp.eval import lm_eval_cli
+from uncomp.eval.run.prompts import Renderer
 from uncomp.eval.tasks.base import Wanted
 from uncomp.eval.tasks.needle import TASKS
 
@@ -24,9 +25,13 @@ def task(demo_model: Path, tmp_path: Path) -> Path:
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     samples = TASKS[0].build(Wanted(512, COUNT, 0, tokenizer)).samples
+    renderer = Renderer(tokenizer, 1024, chat=False)
     rows = [
-        {"text": s.head + s.context + s.turns[0].question, "number": s.turns[0].references[0]}
-        for s in samples
+        {
+            "prompt": tokenizer.decode(list(renderer.prompt(sample, 0).ids)),
+            "number": sample.turns[0].references[0],
+        }
+        for sample in samples
     ]
     data = tmp_path / "needle.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,7 +41,7 @@ def task(demo_model: Path, tmp_path: Path) -> Path:
         "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_text": "{{text}}\nThe special magic number is",
+        "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{number}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16},
         "filter_list": [
@@ -66,13 +71,14 @@ def test_generation_task(
     arguments: dict[str, Any] = {
         "pretrained": str(demo_model),
         "max_model_len": 1024,
+        "add_bos_token": False,
         "enforce_eager": True,
         "kv_cache_memory_bytes": 200_000_000,
         "additional_config": {"uncomp": {"keep": 0.5, "trace": str(trace)}},
     }
     output = tmp_path / "output"
     words = ["run", "--model", "vllm", "--model_args", json.dumps(arguments), "--tasks", str(task)]
-    words += ["--apply_chat_template", "--output_path", str(output)]
+    words += ["--batch_size", "auto", "--output_path", str(output)]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
     lm_eval_cli.main()
     [file] = output.rglob("results_*.json")

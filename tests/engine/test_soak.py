@@ -2,7 +2,7 @@
 
 Compressed, opted out, aborted and preempted requests arrive while others run. Afterwards every
 block is back, no state is left, and opted-out requests were answered as by the unmodified engine.
-`UNCOMP_SOAK_REQUESTS` sets how many (default 300).
+`UNCOMP_SOAK_REQUESTS` sets how many (default 200).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from traffic import Source
 
 from uncomp.engine.counters import open_counters
 
-REQUESTS = int(os.environ.get("UNCOMP_SOAK_REQUESTS", "300"))
+REQUESTS = int(os.environ.get("UNCOMP_SOAK_REQUESTS", "200"))
 ENGINE = {
     "dtype": "float32",  # so that equal answers mean equal engines, see test_equality.py
     "max_model_len": 704,
