@@ -139,7 +139,9 @@ def test_likelihood_tells_a_harmed_cache_from_a_whole_one(store: Store) -> None:
     full = sum(scores(store, "nll", Case("full"))) / SAMPLES
     harmed = sum(scores(store, "nll", sabotage)) / SAMPLES
     assert harmed > full + 1.0
-    assert sum(scores(store, "kl", sabotage)) > 5 * sum(scores(store, "kl", snapkv))
+    assert min(scores(store, "kl", sabotage)) > 1.0
+    # SnapKV harms it too (the window does not know what will be copied), but less.
+    assert sum(scores(store, "kl", sabotage)) > sum(scores(store, "kl", snapkv))
 
 
 def test_what_is_kept_is_measured(store: Store) -> None:
