@@ -70,10 +70,7 @@ def top_entries(
 
     above, tied = _split(pooled, eligible & ~forced, open_slots)
     chosen = forced | above
-    above, tied = _split(raw, tied, keep - chosen.sum(1))
-    chosen |= above
-    left = keep - chosen.sum(1)
-    chosen |= tied & (tied.cumsum(1) <= left[:, None])
+    chosen |= _best_tied(raw, tied, keep - chosen.sum(1))
     return _indices(chosen, width)
 
 
@@ -81,20 +78,39 @@ def _split(score: Tensor, among: Tensor, count: Tensor) -> tuple[Tensor, Tensor]
     """The entries of `among` strictly better than the count-th best one, and those equal to it."""
     masked = torch.where(among & ~score.isnan(), score, LOWEST)
     # One rank per head is all that is needed; sorting would take several times as long.
-    ranks = (score.shape[1] + 1 - count).clamp(1, score.shape[1]).tolist()
-    found = [row.kthvalue(rank).values for row, rank in zip(masked, ranks, strict=True)]
-    threshold = torch.stack(found)[:, None]
+    ranks = (score.shape[1] + 1 - count).clamp(1, score.shape[1])
+    threshold = score.new_empty(score.shape[0], 1)
+    for rank in ranks.unique().tolist():
+        alike = ranks == rank
+        threshold[alike] = masked[alike].kthvalue(rank, keepdim=True).values
     return among & (masked > threshold) & (count > 0)[:, None], among & (masked == threshold)
+
+
+def _best_tied(raw: Tensor, tied: Tensor, count: Tensor) -> Tensor:
+    """`[H, N]` bool, the `count` best tied entries: raw score descending, then lower index."""
+    heads, entries = tied.nonzero(as_tuple=True)
+    score = raw[heads, entries]
+    order = score.masked_fill(score.isnan(), LOWEST).argsort(descending=True, stable=True)
+    order = order[heads[order].argsort(stable=True)]
+    rank = _rank_in_head(heads[order], tied.sum(1))
+    best = order[rank < count[heads[order]]]
+    chosen = torch.zeros_like(tied)
+    chosen[heads[best], entries[best]] = True
+    return chosen
 
 
 def _indices(chosen: Tensor, width: int) -> Tensor:
     heads, entries = chosen.nonzero(as_tuple=True)  # row-major: ascending inside a head
-    counts = chosen.sum(1)
-    first = counts.cumsum(0) - counts
-    slots = torch.arange(len(heads), device=chosen.device) - first[heads]
+    slots = _rank_in_head(heads, chosen.sum(1))
     result = torch.full((chosen.shape[0], width), -1, dtype=torch.int64, device=chosen.device)
     result[heads, slots] = entries
     return result
+
+
+def _rank_in_head(heads: Tensor, counts: Tensor) -> Tensor:
+    """0, 1, ... for the entries of every head, listed head after head; `counts` of each head."""
+    first = counts.cumsum(0) - counts
+    return torch.arange(len(heads), device=heads.device) - first[heads]
 
 
 def _check(pooled: Tensor, raw: Tensor, eligible: Tensor, forced: Tensor, keep: Tensor) -> None:

@@ -42,26 +42,35 @@ def window_scores(
     _check(queries, keys, lengths, positions, query_positions, reduce)
     heads, group, window, size = queries.shape
     entries = keys.shape[1]
-    if entries == 0:
-        return keys.new_zeros((heads, 0), dtype=_accumulator(queries, keys))
     dtype = _accumulator(queries, keys)
+    if entries == 0 or window == 0:
+        return keys.new_zeros((heads, entries), dtype=dtype)
     rows = (queries.to(dtype) * scale).reshape(heads, group * window, size)
-    logits = torch.bmm(rows, keys.to(dtype).transpose(1, 2))  # [H, G*w, N]
-    if softcap > 0:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-
     valid = torch.arange(entries, device=keys.device) < lengths[:, None]  # [H, N]
-    visible = valid[:, None] & (positions[:, None] <= query_positions[:, None])  # [H, w, N]
-    # A key only reaches its own column of the product, so masking afterwards also removes NaN keys.
-    logits = logits.view(heads, group, window, entries)
-    logits.masked_fill_(~visible[:, None], float("-inf"))
-    probabilities = logits.softmax(-1)
-    blind = ~visible.any(-1)  # [H, w]: a query that sees nothing has softmax 0/0
-    if bool(blind.any()):
-        probabilities = probabilities.masked_fill(blind[:, None, :, None], 0.0)
-    if reduce == "sum":
-        return probabilities.sum((1, 2))
-    return probabilities.sum(2).amax(1)
+    # Most entries are seen by all queries; only the other columns, some window long, need a mask.
+    late = ~valid | (positions > query_positions.min())
+    columns = late.any(0).nonzero()[:, 0]
+    hidden = positions[:, None, columns] > query_positions[:, None]  # [H, w, columns]
+    hidden |= ~valid[:, None, columns]
+    first = positions.masked_fill(~valid, torch.iinfo(positions.dtype).max).amin(1)
+    blind = first[:, None] > query_positions  # [H, w]: sees nothing
+    any_blind = bool(blind.any())
+    scores = rows.new_empty(heads, entries)
+    for head in range(heads):
+        # A head at a time: what one step writes is still in the cache when the next one reads it.
+        logits = torch.mm(rows[head], keys[head].to(dtype).T).view(group, window, entries)
+        if softcap > 0:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        # A key only reaches its own column, so masking afterwards also removes NaN keys.
+        logits[..., columns] = logits[..., columns].masked_fill(hidden[head], float("-inf"))
+        probabilities = logits.softmax(-1)
+        if any_blind:  # their softmax is 0/0
+            probabilities.masked_fill_(blind[head, None, :, None], 0.0)
+        if reduce == "sum":
+            torch.sum(probabilities, (0, 1), out=scores[head])
+        else:
+            torch.amax(probabilities.sum(1), 0, out=scores[head])
+    return scores
 
 
 def _accumulator(*tensors: Tensor) -> torch.dtype:

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from uncomp import policies
 from uncomp.config import UncompConfig
+from uncomp.engine import compactor
 from uncomp.engine.compactor import Compactor, LayerCache
 from uncomp.engine.cpu_layout import CacheLayout, HalfLayout
 from uncomp.engine.orders import Order
 from uncomp.engine.settings import make_policy
 from uncomp.engine.state import CompressedRequests
+from uncomp.kernels.entropy import spectrum, truncated_entropy
+from uncomp.kernels.gram import gram
 from uncomp.policies import LayerView
 
 BLOCKS, LAYERS, HEADS, GROUP, SIZE, DIM = 40, 2, 3, 2, 4, 6
@@ -183,7 +186,14 @@ class Bench:
             positions[h, : len(head)] = torch.tensor([p for p, *_ in head])
         lengths = torch.tensor([len(head) for head in heads])
         if self.policy.needs_entropy and self.entropy[layer] is None:
-            self.entropy[layer] = self.compactor._entropy(order, layer, keys, lengths)
+            # From the prompt, at the first compaction, and from then on.
+            stride = max(1, math.ceil(width / self.config.online_tokens))
+            spread = spectrum(gram(keys, lengths, stride).covariance())
+            self.entropy[layer] = truncated_entropy(
+                spread,
+                self.config.truncation,
+                self.config.measure,  # type: ignore[arg-type]
+            )
         grouped, at = None, torch.zeros(0, dtype=torch.int64)
         if queries is not None:
             window = queries.shape[1]
@@ -197,8 +207,9 @@ class Bench:
 
 
 def config(**given: Any) -> UncompConfig:
-    base = {"keep": 0.5, "window": 3, "sinks": 2, "pooling": 3, "groups": 3, "online_tokens": 64}
-    return UncompConfig.from_mapping({**base, **given})
+    # Of a single eigenvalue, a quarter of this head size, the renormalized entropy is always 0.
+    base = {"keep": 0.5, "window": 3, "sinks": 2, "pooling": 3, "groups": 3, "truncation": 4}
+    return UncompConfig.from_mapping({"online_tokens": 64, **base, **given})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -219,6 +230,17 @@ def test_first_and_later_compactions(policy: str, layout: str) -> None:
             if bench.requests.slots and protect:
                 protect = ()  # a request's protected spans do not change: these may be gone
             bench.run(bench.order(keep, protect, exchange=rng.random() < 0.5))
+
+
+@pytest.mark.parametrize("policy", ["entropy", "adakv", "key_norm"])
+def test_groups_of_layers_are_compacted_alike(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compactor, "_GROUP", 1)
+    bench = Bench(config(policy=policy), LAYOUTS["transposed-keys"], 37, 4)
+    for growth in (0, 7):
+        for _ in range(growth):
+            bench.append(bench.tokens)
+            bench.tokens += 1
+        bench.run(bench.order(5, ((3, 6),) if not growth else (), exchange=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -261,7 +283,7 @@ def test_survivors_are_the_protected_and_the_recent_when_nothing_else_fits() -> 
 def test_more_forced_than_fits_is_an_error() -> None:
     bench = Bench(config(policy="random"), LAYOUTS["plain"], 40, 5)
     order = bench.order(2, ((10, 16),), exchange=False)
-    with pytest.raises(ValueError, match="9 but only 6 are to be dealt"):
+    with pytest.raises(ValueError, match=r"need \[9, 9\] but only \[6, 6\] are to be dealt"):
         bench.compactor.run(order, torch.tensor(bench.row), None)
 
 

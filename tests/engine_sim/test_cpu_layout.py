@@ -41,23 +41,27 @@ def test_probed_layout_reads_what_vllm_wrote(
         sub_blocks = slots // block_size * heads + head
         read = layout.keys(cache, sub_blocks)[torch.arange(len(slots)), slots % block_size]
         assert torch.equal(read, keys[:, head])
-        assert torch.equal(layout.values_at(cache, sub_blocks, slots % block_size), values[:, head])
+        single = layout.at(cache, sub_blocks, slots % block_size)
+        assert torch.equal(single[0], keys[:, head])
+        assert torch.equal(single[1], values[:, head])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "transposed", "paired", "permuted"])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "tiled", "tiled-values", "permuted"])
 def test_what_is_written_is_read_back(kind: str, dtype: torch.dtype) -> None:
     size, dim = 4, 6
     order = torch.arange(size * dim)
     offsets = {
         "plain": order.view(size, dim),
         "transposed": order.view(dim, size).T,
-        # AMX: tiles of tokens, in them pairs of channels, in them tokens
-        "paired": order.view(2, dim // 2, 2, 2).permute(0, 2, 1, 3).reshape(size, dim),
+        # AMX's keys: tiles of tokens, in them pairs of channels, in them tokens
+        "tiled": order.view(2, dim // 2, 2, 2).permute(0, 2, 1, 3).reshape(size, dim),
+        # AMX's values: tiles of channels, in them pairs of tokens, in them channels
+        "tiled-values": order.view(2, 2, dim // 2, 2).permute(1, 3, 0, 2).reshape(size, dim),
         "permuted": torch.randperm(size * dim).view(size, dim),
     }
     half = HalfLayout.of(offsets[kind])
-    assert half.kind == kind
+    assert half.kind == kind.removesuffix("-values")
     layout = CacheLayout(half, half)
     cache = torch.full((5, 2, size, 2 * dim), float("nan"), dtype=dtype)
     keys, values = torch.randn(2, 3, size, dim).to(dtype)
@@ -65,14 +69,15 @@ def test_what_is_written_is_read_back(kind: str, dtype: torch.dtype) -> None:
     layout.write(cache, sub_blocks, keys, values)
     assert torch.equal(layout.keys(cache, sub_blocks), keys)
     token = torch.arange(size).expand(3, size)
-    read = layout.values_at(cache, sub_blocks.unsqueeze(1).expand(3, size), token)
-    assert torch.equal(read, values)
+    read = layout.at(cache, sub_blocks.unsqueeze(1).expand(3, size), token)
+    assert torch.equal(read[0], keys)
+    assert torch.equal(read[1], values)
     others = [i for i in range(10) if i not in (7, 2, 9)]
     assert bool(cache.view(10, -1)[others].isnan().all())
 
 
 @pytest.mark.parametrize("almost", ["odd channels elsewhere", "odd channel first", "tiles mixed"])
-def test_what_is_almost_paired_is_looked_up(almost: str) -> None:
+def test_what_is_almost_tiled_is_looked_up(almost: str) -> None:
     size, dim = 6, 4
     offsets = torch.arange(size * dim).view(3, dim // 2, 2, 2).permute(0, 2, 1, 3)
     if almost == "odd channel first":
@@ -85,7 +90,7 @@ def test_what_is_almost_paired_is_looked_up(almost: str) -> None:
     half = HalfLayout.of(offsets)
     assert half.kind == "permuted"
     tokens = torch.randn(3, size, dim)
-    assert torch.equal(half.tokens(half.stored(tokens)), tokens)
+    assert torch.equal(half.blocks(half.stored(tokens), torch.arange(3)), tokens)
 
 
 @pytest.mark.parametrize("damage", ["twice", "missing", "other-half"])

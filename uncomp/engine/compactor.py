@@ -1,6 +1,8 @@
 """Runs one order: choose the survivors of every layer and head, and move them.
 
 Called between forward passes. The decisions are the policy's; this file only feeds it the cache.
+Layers are worked off in groups: the small steps take a whole group at once, which costs little more
+than a layer does; what needs keys or values takes one layer, so that few of them are in memory.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +22,7 @@ from uncomp.engine.cpu_layout import CacheLayout
 from uncomp.engine.orders import Order, Receipt
 from uncomp.engine.state import CompressedRequests
 from uncomp.kernels.entropy import Measure, spectrum, truncated_entropy
-from uncomp.kernels.gram import gram
+from uncomp.kernels.gram import GramStats, gram
 from uncomp.kernels.select import max_pool, top_entries
 from uncomp.policies import LayerView, Policy
 
@@ -41,25 +43,43 @@ class LayerCache:
     softcap: float
 
 
-@dataclass
+#: layers whose small steps are taken together; more would save little time and cost memory
+_GROUP = 8
+
+
+@dataclass(frozen=True)
 class _Held:
-    """What a request holds in one layer before compaction; see CompressedRequests.entries."""
+    """What a request holds in some layers before compaction; see CompressedRequests.entries.
+
+    Attributes:
+        sub_blocks: [layers, heads, n] int64.
+        lengths: [layers, heads] int64.
+        positions: [layers, heads, n * block_size] int64.
+    """
 
     sub_blocks: Tensor
     lengths: Tensor
     positions: Tensor
 
+    def part(self, layers: slice) -> _Held:
+        return _Held(self.sub_blocks[layers], self.lengths[layers], self.positions[layers])
 
-@dataclass
-class _Clock:
-    score: float = 0.0
-    move: float = 0.0
-    _since: float = field(default_factory=time.perf_counter)
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        setattr(self, name, getattr(self, name) + now - self._since)
-        self._since = now
+@dataclass(frozen=True)
+class _Kept:
+    """What a compaction leaves in a group of layers.
+
+    Attributes:
+        counts: [layers, heads] int64, sub-blocks.
+        positions: [layers, heads, K] int32 of the kept entries, valid up to the count.
+        entropy: [layers, heads], or ``None``.
+        score_seconds: what choosing took.
+    """
+
+    counts: Tensor
+    positions: Tensor
+    entropy: Tensor | None
+    score_seconds: float
 
 
 class Compactor:
@@ -101,41 +121,35 @@ class Compactor:
             queries: [layers, w, num_query_heads, head_size], the last queries, oldest first; may be
                 fewer than the window; ``None`` if the policy needs none.
         """
-        clock = _Clock()
+        start = time.perf_counter()
         slot = self.requests.slots.get(order.request_id)
         if slot is not None:
             self.requests.extend(slot, row, math.ceil(order.num_tokens / self.block_size))
         dealt = self._sub_blocks(order)
-        kept, numbers, positions, entropies = [], [], [], []
-        seen = 0
-        for i, layer in enumerate(self.layers):
-            held = self._held(order, row, i)
-            keys = self.layout.keys(layer.cache, held.sub_blocks).flatten(1, 2)
-            entropy = self._entropy(order, i, keys, held.lengths)
-            view = self._view(i, order, held, keys, queries, entropy)
-            counts, chosen = self._choose(order, view)
-            clock.lap("score")
-            kept_positions = self._move(layer, held, keys, counts, chosen, dealt)
-            clock.lap("move")
-            seen += int(held.lengths.sum())
-            kept.append(counts)
-            numbers.append(_per_head(dealt, counts))
-            positions.append(kept_positions)
-            entropies.append(entropy)
-        all_kept = torch.stack(kept)
-        width = int(all_kept.max())
-        self.requests.place(
-            order,
-            all_kept,
-            torch.stack([_pad(n, width) for n in numbers]),
-            torch.stack([_pad(p, width * self.block_size) for p in positions]),
-            None if entropies[0] is None else torch.stack(entropies),  # type: ignore[arg-type]
-        )
+        held = self._held(order, row)
+        parts = []
+        for first in range(0, len(self.layers), _GROUP):
+            group = slice(first, first + _GROUP)
+            parts.append(self._compact(order, group, held.part(group), queries, dealt))
+        counts = torch.cat([part.counts for part in parts])
+        width = int(counts.max())
+        positions = torch.cat([_pad(part.positions, width * self.block_size) for part in parts])
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        entropy = torch.cat(entropies) if entropies else None
+        self.requests.place(order, counts, _per_head(dealt, counts), positions, entropy)
         self._write_trace(order)
         tail = order.num_tokens - order.full_blocks * self.block_size
-        tokens = int(all_kept.sum()) * self.block_size + tail * self.heads * len(self.layers)
-        clock.lap("move")
-        return Receipt(order.request_id, order.generation, seen, tokens, clock.score, clock.move)
+        tokens = int(counts.sum()) * self.block_size + tail * self.heads * len(self.layers)
+        # What is not scoring is part of moving: bookkeeping before and after.
+        score = sum(part.score_seconds for part in parts)
+        return Receipt(
+            order.request_id,
+            order.generation,
+            int(held.lengths.sum()),
+            tokens,
+            score,
+            time.perf_counter() - start - score,
+        )
 
     def _sub_blocks(self, order: Order) -> Tensor:
         """Numbers of the sub-blocks that are dealt to the heads, [blocks * heads]."""
@@ -144,87 +158,130 @@ class Compactor:
         # The self-check wants every token to end up elsewhere.
         return numbers.flip(0) if self.config.relocate else numbers
 
-    def _held(self, order: Order, row: Tensor, layer: int) -> _Held:
+    def _held(self, order: Order, row: Tensor) -> _Held:
+        layers = len(self.layers)
         slot = self.requests.slots.get(order.request_id)
         if slot is not None:
-            return _Held(*self.requests.entries(slot, layer, order.num_tokens))
+            entries = [self.requests.entries(slot, i, order.num_tokens) for i in range(layers)]
+            width = max(sub_blocks.shape[1] for sub_blocks, _, _ in entries)
+            return _Held(
+                torch.stack([_pad(sub_blocks, width) for sub_blocks, _, _ in entries]),
+                torch.stack([lengths for _, lengths, _ in entries]),
+                torch.stack([_pad(at, width * self.block_size) for _, _, at in entries]),
+            )
         blocks = row[: math.ceil(order.num_tokens / self.block_size)].long()
-        heads = torch.arange(self.heads).unsqueeze(1)
+        positions = torch.arange(blocks.numel() * self.block_size)
         return _Held(
-            blocks * self.heads + heads,
-            torch.full((self.heads,), order.num_tokens),
-            torch.arange(blocks.numel() * self.block_size).expand(self.heads, -1),
+            (blocks * self.heads + torch.arange(self.heads).unsqueeze(1)).expand(layers, -1, -1),
+            torch.full((layers, self.heads), order.num_tokens),
+            positions.expand(layers, self.heads, -1),
         )
 
-    def _entropy(self, order: Order, layer: int, keys: Tensor, lengths: Tensor) -> Tensor | None:
+    def _compact(
+        self, order: Order, group: slice, held: _Held, queries: Tensor | None, dealt: Tensor
+    ) -> _Kept:
+        start = time.perf_counter()
+        raw, entropy = self._measure(order, group, held, queries)
+        counts, chosen = self._choose(order, held, raw, entropy)
+        seconds = time.perf_counter() - start
+        positions = self._move(self.layers[group], held, counts, chosen, dealt)
+        return _Kept(counts, positions, entropy, seconds)
+
+    def _measure(
+        self, order: Order, group: slice, held: _Held, queries: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores [layers, heads, N] and, if the policy needs them, entropies [layers, heads]."""
+        entropy = self._known_entropy(order, group)
+        stride = max(1, math.ceil(held.positions.shape[2] / self.config.online_tokens))
+        raw, grams = [], []
+        for i, layer in enumerate(self.layers[group]):
+            keys = self.layout.keys(layer.cache, held.sub_blocks[i]).flatten(1, 2)
+            if self.policy.needs_entropy and entropy is None:
+                grams.append(gram(keys, held.lengths[i], stride))
+            if self.config.relocate:
+                raw.append(torch.zeros(held.positions[i].shape))
+                continue
+            own = queries[group][i] if queries is not None else None
+            view = self._view(layer, order, held.lengths[i], held.positions[i], keys, own)
+            raw.append(self.policy.score(view))
+        if grams:
+            eigenvalues = spectrum(GramStats.cat(grams).covariance())
+            measure = cast(Measure, self.config.measure)
+            values = truncated_entropy(eigenvalues, self.config.truncation, measure)
+            entropy = values.view(held.lengths.shape)
+        return torch.stack(raw), entropy
+
+    def _known_entropy(self, order: Order, group: slice) -> Tensor | None:
+        """[layers, heads] from a calibration file or the first compaction, or ``None``."""
         if not self.policy.needs_entropy:
             return None
         if self.calibrated is not None:
-            return self.calibrated[layer]
+            return self.calibrated[group]
         slot = self.requests.slots.get(order.request_id)
-        if slot is not None and slot.entropy is not None:
-            # Survivors are a biased sample: the prompt's own entropy stays in force.
-            return slot.entropy[layer]
-        stride = max(1, math.ceil(keys.shape[1] / self.config.online_tokens))
-        eigenvalues = spectrum(gram(keys, lengths, stride).covariance())
-        measure = cast(Measure, self.config.measure)
-        return truncated_entropy(eigenvalues, self.config.truncation, measure)
+        # Survivors are a biased sample: the prompt's own entropy stays in force.
+        return slot.entropy[group] if slot is not None and slot.entropy is not None else None
 
     def _view(
         self,
-        index: int,
+        layer: LayerCache,
         order: Order,
-        held: _Held,
+        lengths: Tensor,
+        positions: Tensor,
         keys: Tensor,
         queries: Tensor | None,
-        entropy: Tensor | None,
     ) -> LayerView:
-        layer = self.layers[index]
         if queries is None:
             grouped, at = None, torch.zeros(0, dtype=torch.int64)
         else:
-            window = queries[index]
-            grouped = window.unflatten(1, (self.heads, -1)).permute(1, 2, 0, 3)
-            at = torch.arange(order.num_tokens - window.shape[0], order.num_tokens)
+            grouped = queries.unflatten(1, (self.heads, -1)).permute(1, 2, 0, 3)
+            at = torch.arange(order.num_tokens - queries.shape[0], order.num_tokens)
         return LayerView(
             layer=layer.index,
             keys=keys,
-            lengths=held.lengths,
-            positions=held.positions,
+            lengths=lengths,
+            positions=positions,
             queries=grouped,
             query_positions=at,
             scale=layer.scale,
             softcap=layer.softcap,
-            entropy=entropy,
         )
 
-    def _choose(self, order: Order, view: LayerView) -> tuple[Tensor, Tensor]:
-        """Sub-blocks per head [H] and chosen entries [H, K] (ascending, padded with -1)."""
-        positions, limit = view.positions, order.full_blocks * self.block_size
-        valid = torch.arange(positions.shape[1]) < view.lengths.unsqueeze(1)
+    def _choose(
+        self, order: Order, held: _Held, raw: Tensor, entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Sub-blocks per head [layers, heads] and chosen entries [layers, heads, K] (ascending,
+        padded with -1)."""
+        positions, limit = held.positions, order.full_blocks * self.block_size
+        valid = torch.arange(positions.shape[2]) < held.lengths.unsqueeze(2)
         eligible = valid & (positions < limit)
         recent = positions >= order.num_tokens - self.config.window
         forced = eligible & ((positions < self.config.sinks) | recent)
         for start, end in order.protect:
             forced |= eligible & (positions >= start) & (positions < end)
-        maximum = eligible.sum(1) // self.block_size
-        if self.config.relocate:
-            raw = torch.zeros(positions.shape)
-            return maximum, top_entries(raw, raw, eligible, forced, maximum * self.block_size)
-        raw = self.policy.score(view)
-        pooled = raw
-        if self.policy.pool_scores and self.config.pooling > 1:
-            pooled = max_pool(raw, self.config.pooling, (valid & ~recent).sum(1))
-        minimum = -(-forced.sum(1) // self.block_size)
-        total = len(order.kept_blocks) * self.heads
-        counts = self.policy.deal(view, pooled, eligible, total, minimum, maximum, self.block_size)
-        return counts, top_entries(pooled, raw, eligible, forced, counts * self.block_size)
+        maximum = eligible.sum(2) // self.block_size
+        pooled, counts = raw, maximum
+        if not self.config.relocate:
+            if self.policy.pool_scores and self.config.pooling > 1:
+                limits = (valid & ~recent).sum(2).flatten()
+                pooled = max_pool(raw.flatten(0, 1), self.config.pooling, limits).view_as(raw)
+            minimum = -(-forced.sum(2) // self.block_size)
+            total = torch.full(minimum.shape[:1], len(order.kept_blocks) * self.heads)
+            counts = self.policy.share(
+                entropy, pooled, eligible, total, minimum, maximum, self.block_size
+            )
+        chosen = top_entries(
+            pooled.flatten(0, 1),
+            raw.flatten(0, 1),
+            eligible.flatten(0, 1),
+            forced.flatten(0, 1),
+            (counts * self.block_size).flatten(),
+        )
+        return counts, chosen.unflatten(0, counts.shape)
 
     def _move(
         self,
-        layer: LayerCache,
+        layers: list[LayerCache],
         held: _Held,
-        keys: Tensor,
         counts: Tensor,
         chosen: Tensor,
         dealt: Tensor,
@@ -232,21 +289,22 @@ class Compactor:
         """Copy the chosen entries into the dealt sub-blocks; sources may overlap them.
 
         Returns:
-            [H, K] int32, positions of the chosen entries.
+            [layers, heads, K] int32, positions of the chosen entries.
         """
-        index = chosen.clamp(min=0)
-        new_keys = keys.gather(1, index.unsqueeze(-1).expand(-1, -1, keys.shape[2]))
-        source = held.sub_blocks.gather(1, index // self.block_size)
-        new_values = self.layout.values_at(layer.cache, source, index % self.block_size)
+        index, used = chosen.clamp(min=0), chosen >= 0
+        sources = held.sub_blocks.gather(2, index // self.block_size)
+        slots = index % self.block_size
         blocks = (-1, self.block_size)
-        used = torch.arange(chosen.shape[1] // self.block_size) < counts.unsqueeze(1)
-        self.layout.write(
-            layer.cache,
-            dealt[: int(counts.sum())],
-            new_keys.unflatten(1, blocks)[used],
-            new_values.unflatten(1, blocks)[used],
-        )
-        return held.positions.gather(1, index).to(torch.int32)
+        for i, layer in enumerate(layers):
+            # Head after head, as the sub-blocks are dealt; each head fills its own exactly.
+            keys, values = self.layout.at(layer.cache, sources[i, used[i]], slots[i, used[i]])
+            self.layout.write(
+                layer.cache,
+                dealt[: int(counts[i].sum())],
+                keys.unflatten(0, blocks),
+                values.unflatten(0, blocks),
+            )
+        return held.positions.gather(2, index).to(torch.int32)
 
     def _write_trace(self, order: Order) -> None:
         if self._trace is None:
@@ -266,12 +324,12 @@ class Compactor:
 
 
 def _per_head(dealt: Tensor, counts: Tensor) -> Tensor:
-    """[sub-blocks] dealt head after head -> [heads, max count], padded with 0."""
-    width = int(counts.max())
-    used = torch.arange(width) < counts.unsqueeze(1)
-    numbers = torch.zeros(counts.shape[0], width, dtype=dealt.dtype)
-    numbers[used] = dealt[: int(counts.sum())]
-    return numbers
+    """[sub-blocks] dealt head after head -> [layers, heads, max count], padded with 0."""
+    first = counts.cumsum(1) - counts
+    column = torch.arange(int(counts.max()))
+    used = column < counts.unsqueeze(2)
+    index = torch.where(used, first.unsqueeze(2) + column, 0)
+    return torch.where(used, dealt[index], 0)
 
 
 def _pad(tensor: Tensor, width: int) -> Tensor:

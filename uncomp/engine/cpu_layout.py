@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
+#: (size, stride) of the digits of a number in mixed radix, the most significant one first
+Digits = tuple[tuple[int, int], ...]
+
 #: bytes of an element -> dtype of two of them
 _PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}
 
@@ -23,57 +26,74 @@ class HalfLayout:
 
     Attributes:
         offsets: [block_size, head_size] int64, where channel c of token t lies.
-        kind: "plain" (offsets == t * head_size + c), "transposed" (t + c * block_size), "paired"
-            (pairs of channels, transposed in tiles of tokens) or "permuted"; all but the last can
-            be read through a view, which is several times faster than looking every element up.
-        pairs: of a paired layout: (tokens in a tile, strides between tiles, tokens and pairs).
+        digits: of token and channel, when they lie at the sum of digits times strides: such a half
+            is read through a view, which is several times faster than looking every element up.
+        kind: "plain" (offsets == t * head_size + c), "transposed" (t + c * block_size), "tiled"
+            (any other with digits) or "permuted" (without).
     """
 
     offsets: Tensor
+    digits: tuple[Digits, Digits] | None
     kind: str
-    pairs: tuple[int, int, int, int] | None = None
 
     @classmethod
     def of(cls, offsets: Tensor) -> HalfLayout:
         block, channels = offsets.shape
-        order = torch.arange(offsets.numel())
-        if torch.equal(offsets, order.view(block, channels)):
-            return cls(offsets, "plain")
-        if torch.equal(offsets, order.view(channels, block).T):
-            return cls(offsets, "transposed")
-        pairs = _pairs(offsets)
-        return cls(offsets, "permuted" if pairs is None else "paired", pairs)
+        token, channel = _digits(offsets[:, 0]), _digits(offsets[0])
+        separable = torch.equal(offsets, offsets[:, :1] + offsets[:1])
+        if token is None or channel is None or not separable:
+            return cls(offsets, None, "permuted")
+        kinds: dict[tuple[Digits, Digits], str] = {
+            (((block, channels),), ((channels, 1),)): "plain",
+            (((block, 1),), ((channels, block),)): "transposed",
+        }
+        return cls(offsets, (token, channel), kinds.get((token, channel), "tiled"))
 
-    def tokens(self, flat: Tensor) -> Tensor:
-        """[..., block_size * head_size] as stored -> [..., block_size, head_size]."""
-        block, channels = self.offsets.shape
-        if self.kind == "plain":
-            return flat.unflatten(-1, (block, channels))
-        if self.kind == "transposed":
-            return flat.unflatten(-1, (channels, block)).transpose(-1, -2)
-        if self.pairs is not None:
-            tile, *strides = self.pairs
-            words = flat.reshape(-1, block * channels).view(_PAIR[flat.element_size()])
-            shape = (words.shape[0], block // tile, tile, channels // 2)
-            read = words.as_strided(shape, (words.shape[1], *strides)).contiguous()
-            return read.view(flat.dtype).view(*flat.shape[:-1], block, channels)
-        return flat[..., self.offsets.flatten()].unflatten(-1, (block, channels))
+    def blocks(self, flat: Tensor, sub_blocks: Tensor) -> Tensor:
+        """Whole sub-blocks: flat [n, block_size * head_size], indices [...] -> [..., block_size,
+        head_size]."""
+        shape = (*sub_blocks.shape, *self.offsets.shape)
+        at = sub_blocks.flatten()
+        if self.digits is None:
+            return flat.index_select(0, at)[:, self.offsets.flatten()].view(shape)
+        return self._view(flat).index_select(0, at).view(flat.dtype).view(shape)
 
     def rows(self, flat: Tensor, sub_blocks: Tensor, slots: Tensor) -> Tensor:
         """Single tokens: flat [n, block_size * head_size], indices [...] -> [..., head_size]."""
-        if self.kind == "plain":
-            return flat.unflatten(-1, self.offsets.shape)[sub_blocks, slots]
-        return flat[sub_blocks.unsqueeze(-1), self.offsets[slots]]
+        if self.digits is None:
+            return flat[sub_blocks.unsqueeze(-1), self.offsets[slots]]
+        at = [sub_blocks]
+        for size, _ in reversed(self.digits[0]):
+            at.insert(1, slots % size)
+            slots = slots // size
+        found = self._view(flat)[tuple(at)].contiguous().view(flat.dtype)
+        return found.reshape(*sub_blocks.shape, -1)
 
     def stored(self, tokens: Tensor) -> Tensor:
-        """[..., block_size, head_size] -> [..., block_size * head_size] as stored."""
-        if self.kind == "plain":
-            return tokens.flatten(-2)
-        if self.kind == "transposed":
-            return tokens.transpose(-1, -2).flatten(-2)
-        flat = torch.empty_like(tokens.flatten(-2))
-        flat[..., self.offsets.flatten()] = tokens.flatten(-2)
+        """[n, block_size, head_size] -> [n, block_size * head_size] as stored."""
+        flat = tokens.new_empty(tokens.shape[0], self.offsets.numel())
+        if self.digits is None:
+            flat[:, self.offsets.flatten()] = tokens.flatten(1)
+        else:
+            view = self._view(flat)
+            view.copy_(tokens.contiguous().view(view.dtype).view(view.shape))
         return flat
+
+    def _view(self, flat: Tensor) -> Tensor:
+        """[n, block_size * head_size] as stored -> view [n, digits of the token, of the channel].
+
+        Neighbouring channels that lie side by side are one element of twice the size.
+        """
+        assert self.digits is not None
+        token, channel = self.digits
+        strides = [stride for _, stride in (*token, *channel[:-1])]
+        if channel[-1:] == ((2, 1),) and all(
+            stride % 2 == 0 for stride in (flat.stride(0), *strides)
+        ):
+            flat = flat.view(_PAIR[flat.element_size()])
+            token, channel = _halved(token), _halved(channel[:-1])
+        sizes, steps = zip((flat.shape[0], flat.stride(0)), *token, *channel, strict=True)
+        return flat.as_strided(sizes, steps)
 
 
 @dataclass(frozen=True)
@@ -95,12 +115,13 @@ class CacheLayout:
 
     def keys(self, cache: Tensor, sub_blocks: Tensor) -> Tensor:
         """Keys of sub-blocks [...] -> [..., block_size, head_size] (a copy)."""
-        stored = self.halves(cache)[:, 0].index_select(0, sub_blocks.flatten())
-        return self.key.tokens(stored.view(*sub_blocks.shape, -1))
+        return self.key.blocks(self.halves(cache)[:, 0], sub_blocks)
 
-    def values_at(self, cache: Tensor, sub_blocks: Tensor, slots: Tensor) -> Tensor:
-        """Values of single tokens, indices [...] -> [..., head_size] (a copy)."""
-        return self.value.rows(self.halves(cache)[:, 1], sub_blocks, slots)
+    def at(self, cache: Tensor, sub_blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of single tokens, indices [...] -> twice [..., head_size] (copies)."""
+        halves = self.halves(cache)
+        keys = self.key.rows(halves[:, 0], sub_blocks, slots)
+        return keys, self.value.rows(halves[:, 1], sub_blocks, slots)
 
     def write(self, cache: Tensor, sub_blocks: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write whole sub-blocks [n]; keys and values are [n, block_size, head_size]."""
@@ -109,22 +130,31 @@ class CacheLayout:
         halves[sub_blocks, 1] = self.value.stored(values)
 
 
-def _pairs(offsets: Tensor) -> tuple[int, int, int, int] | None:
-    """`HalfLayout.pairs` of a layout, or ``None`` if it has another form."""
-    block, channels = offsets.shape
-    if channels % 2 or not torch.equal(offsets[:, 1::2], offsets[:, ::2] + 1):
+def _digits(offsets: Tensor) -> Digits | None:
+    """Digits of the numbers 0, 1, ... that lie at these offsets; ``None`` if they have no strides.
+
+    Raises:
+        ValueError: no offsets.
+    """
+    count = offsets.numel()
+    if count == 0:
+        raise ValueError("a layout needs at least one token and one channel, got none")
+    if count == 1:
+        return () if int(offsets[0]) == 0 else None
+    step = int(offsets[1])
+    in_step = (offsets == torch.arange(count) * step).long()
+    run = int(in_step.cumprod(0).sum())
+    if step < 1 or run < 2 or count % run:
         return None
-    pairs = offsets[:, ::2] // 2
-    tokens, step = pairs[:, 0], int(pairs[min(1, block - 1), 0])
-    run = (tokens == torch.arange(block) * step).long().cumprod(0)
-    tile = int(run.sum())
-    if tile == 0 or block % tile:
+    higher = _digits(offsets[::run])
+    inner = offsets.view(-1, run) - offsets[::run, None]
+    if higher is None or not bool((inner == offsets[:run]).all()):
         return None
-    far = int(tokens[tile % block])
-    pair = int(pairs[0, 1]) if channels > 2 else 0
-    token = torch.arange(block).unsqueeze(1)
-    form = token // tile * far + token % tile * step + torch.arange(channels // 2) * pair
-    return (tile, far, step, pair) if torch.equal(form, pairs) else None
+    return (*higher, (run, step))
+
+
+def _halved(digits: Digits) -> Digits:
+    return tuple((size, stride // 2) for size, stride in digits)
 
 
 def probe_layout(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> CacheLayout:
