@@ -71,8 +71,6 @@ class Result:
 
     def _full_row(self) -> dict[str, Any]:
         pool = self.pool()
-        # Every comparison has measured it again; the table shows the first.
-        rate = next((speed.full for speed in self.speeds.values()), None)
         return {
             "setting": "full cache",
             "kept": 1.0,
@@ -80,7 +78,6 @@ class Result:
             "score": 100 * self.full,
             "loss": 0.0,
             "samples": self.full_n,
-            **_rate("tokens_per_s", rate),
             "users": None if pool is None else pool.users(self.user_tokens),
         }
 
@@ -165,7 +162,8 @@ class Result:
             speed = next(iter(self.speeds.values()))
             lines.append(
                 f"Decode tokens/s of {speed.batch} requests at a time, median (20 % to 80 % of "
-                f"{speed.own.repeats}); each setting beside the full cache, whose first is shown."
+                f"{speed.own.repeats}), and the full cache's median in the same alternation: "
+                f"compare within a row."
             )
         if self.cut:
             lines.append(
@@ -258,6 +256,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if row.get("tokens_per_s") is not None:
         ends = f"{row['tokens_per_s_low']:.4g} to {row['tokens_per_s_high']:.4g}"
         speed = f"{row['tokens_per_s']:.4g} ({ends})"
+        if "full_tokens_per_s" in row:
+            speed += f", full {row['full_tokens_per_s']:.4g}"
     return [
         name,
         f"{row['kept']:.3f}",

@@ -212,8 +212,8 @@ def test_result_files(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (row["chosen"], row["verdict"], row["samples"]) == ("True", IN, "180")
     # Eight at a time, 0.25 s a token; only those of the front are timed.
     assert float(row["tokens_per_s"]) == 8 / 0.25
-    assert float(full["tokens_per_s"]) == 8 / 0.5
-    assert all(bool(r["tokens_per_s"]) == (r["pareto"] != "False") for r in rows.values())
+    assert float(row["full_tokens_per_s"]) == 8 / 0.5
+    assert all(bool(r["tokens_per_s"]) == (r["pareto"] == "True") for r in rows.values())
     assert run(given, tmp_path / "r", engines).speeds == result.speeds
     assert len(engines) == 1  # throughput is not measured again
     document = json.loads((tmp_path / "r" / "result.json").read_text())
@@ -222,6 +222,7 @@ def test_result_files(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = result.markdown()
     assert f"**{chosen.setting.name}**" in table
     assert "24 settings were compared" in table
+    assert "32 (32 to 32), full 16" in table
     assert "not below the limit" in table  # 180 samples do not allow for 24 comparisons
     assert all(o.corrected is not None and o.corrected > o.loss.upper for o in result.outcomes)
 
