@@ -5,7 +5,7 @@ of its own: the true mean is above ``upper`` with probability ``alpha`` at most 
 the method), and below ``lower`` likewise.
 
 Scores that are all 0 or 1
-    Tango's score bound for matched pairs (Statistics in Medicine 17, 1998, 891-908, eq. 2 to 6).
+    Tango's score bound for matched pairs (Statistics in Medicine 17, 1998, 891-908).
     Nothing flipped in n samples gives ``z² / (n + z²)``, not 0. The adjusted Wald interval (Agresti
     and Min, Statistics in Medicine 24, 2005, 729-740) would give ``z / (n + 2)``, but that is made
     for two sides: one-sided, where only losses happen, it is below the truth up to 18 % of the time
@@ -101,7 +101,7 @@ def tango(lost: int, won: int, n: int, alpha: float) -> float:
 
 
 def _statistic(lost: int, won: int, n: int, delta: float) -> float:
-    """The score statistic for a true difference ``delta`` (Tango 1998, eq. 3 and 4)."""
+    """The score statistic for a true difference ``delta`` (Tango 1998)."""
     b = -lost - won + (2 * n - lost + won) * delta
     c = -won * delta * (1 - delta)
     # The most likely share of 0-1 pairs if the difference is delta.

@@ -1,7 +1,7 @@
 """Which settings to try: Optuna's TPE sampler with the loss limit as a constraint.
 
 What is made small is the keep ratio that the engine measured; feasible is a setting whose upper
-bound of the loss is below the limit (Watanabe and Hutter, arXiv:2211.14411, for the constraint).
+bound of the loss is below the limit.
 Several settings are asked for at a time (the sampler takes those in flight for bad, "constant
 liar"), because settings that are tried together share the prefill of each prompt.
 

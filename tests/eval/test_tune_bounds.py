@@ -28,7 +28,7 @@ def pairs(lost: int, won: int, n: int) -> tuple[list[float], list[float]]:
 def test_published_interval() -> None:
     """Airway reactivity before and after transplantation, 1 and 7 of 21 pairs differ (Bentur et
     al. 2009); Tango's 95 % interval in Fagerland, Lydersen and Laake, Statistical Analysis of
-    Contingency Tables (2017), table 8.9: -0.517 to -0.026."""
+    Contingency Tables (2017), chapter 8: -0.517 to -0.026."""
     found = bounds(*pairs(1, 7, 21), 0.025)
     assert found.how == TANGO
     assert (round(found.lower, 3), round(found.upper, 3)) == (-0.517, -0.026)
