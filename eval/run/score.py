@@ -27,13 +27,28 @@ def score(store: Store, samples: Sequence[Sample]) -> list[Scored]:
     for prediction in store.predictions():
         if prediction.case.method == "full" and prediction.logprobs is not None:
             full[of_full(prediction)] = prediction
-    scores = [
-        scored
-        for prediction in store.predictions()
-        for scored in values(prediction, by_name[prediction.task, prediction.sample], full)
-    ]
+    token_bytes = _token_bytes(store)
+    scores = []
+    for prediction in store.predictions():
+        # A token of another engine, with an FP8 cache, has other bytes.
+        share = token_bytes.get(prediction.case.method, 1.0)
+        for one in values(prediction, by_name[prediction.task, prediction.sample], full):
+            kept = None if one.keep_measured is None else one.keep_measured * share
+            scores.append(replace(one, keep_measured=kept))
     store.write_scores(scores)
     return scores
+
+
+def _token_bytes(store: Store) -> dict[str, float]:
+    """Method -> bytes of one of its cached tokens over those of the full cache, if known."""
+    known = {
+        method: float(engine["kv_bytes_per_token"])
+        for engine in store.facts().get("engines", ())
+        if engine.get("kv_bytes_per_token")
+        for method in engine["for"]
+    }
+    full = known.get("full")
+    return {method: size / full for method, size in known.items()} if full else {}
 
 
 def values(

@@ -44,7 +44,8 @@ class Scripted:
         self.closed = False
 
     def facts(self) -> dict[str, Any]:
-        return {"engine": "scripted", "model": "org/m"}
+        size = 500 if "full-fp8" in self.methods else 1000
+        return {"engine": "scripted", "model": "org/m", "kv_bytes_per_token": size}
 
     def answer(self, groups: Sequence[Sequence[Ask]]) -> Iterator[Answer]:
         for group in groups:
@@ -163,6 +164,8 @@ def test_engines_are_shared_where_they_can_be(tmp_path: Path) -> None:
 
     pipeline.run(store, STAGES[:3], quiet, start)
     assert [engine.methods for engine in engines] == [["full", "snapkv"], ["full-fp8"]]
+    kept = {s.case.method: s.keep_measured for s in store.scores() if s.case.keep != 0.25}
+    assert kept == {"full": 1.0, "snapkv": 0.5, "full-fp8": 0.5}  # bytes
 
 
 def test_a_server_without_the_plugin_is_only_asked_for_the_full_cache(tmp_path: Path) -> None:
