@@ -64,9 +64,11 @@ def _recorded(engine: Engine) -> Iterator[dict[str, Choice]]:
         return receipt
 
     def recording_top(pooled: Tensor, *args: Any) -> Tensor:
-        chosen = top_entries(pooled, *args)
-        current[0].pooled.append(pooled.clone())
-        current[0].kept.append([set(row[row >= 0].tolist()) for row in chosen])
+        chosen = top_entries(pooled, *args)  # [layers of a group * heads, K]
+        layers = (-1, compactor.heads)
+        current[0].pooled += pooled.clone().unflatten(0, layers)
+        for layer in chosen.unflatten(0, layers):
+            current[0].kept.append([set(row[row >= 0].tolist()) for row in layer])
         return chosen
 
     with pytest.MonkeyPatch.context() as patch:
