@@ -374,6 +374,8 @@ def _worker(setup: Setup, config: Any, runner: FakeRunner) -> CompactingCPUWorke
         ring = QueryRing(shape.layers, config.window, heads, torch.float64)
     worker = object.__new__(CompactingCPUWorker)
     worker.model_runner = runner  # type: ignore[assignment]
+    parallel = SimpleNamespace(distributed_executor_backend="uni")
+    worker.vllm_config = SimpleNamespace(parallel_config=parallel)  # type: ignore[assignment]
     worker._receipts = []
     worker._seat = Seat(
         requests, ring, ByConfig(compactor(config), compactor), worker._row_ids, worker._host_row
