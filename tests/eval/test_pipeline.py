@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from letters import Letters
 
 from uncomp.eval.engines.base import Answer, Ask, EngineError
 from uncomp.eval.methods import Method
@@ -17,18 +18,6 @@ from uncomp.eval.run.store import Store
 from uncomp.eval.tasks.teacher_forcing import TokenRecord
 
 STAGES = pipeline.STAGES
-
-
-class Letters:
-    """A tokenizer of single characters."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(c) for c in text]
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(map(chr, token_ids))
 
 
 class Scripted:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from letters import Letters
 
 from uncomp.cli import main, settings
 from uncomp.cli import tune as command
@@ -33,18 +34,6 @@ from uncomp.eval.tune.speed import compare
 #: keep ratio from which on a policy loses nothing; below it loses all of what it lacks
 NEEDS = {"entropy": 0.35, "uniform": 0.5, "adakv": 0.15, "random": 2.0}
 KEEPS = keep_grid(0.0625, 1.0, 13)
-
-
-class Letters:
-    """A tokenizer of single characters."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(c) for c in text]
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(map(chr, token_ids))
 
 
 class Known:

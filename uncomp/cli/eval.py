@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,33 @@ def _continue(args: argparse.Namespace) -> int:
 
 
 def _guarded(opened: Any, stages: tuple[str, ...]) -> int:
-    """Run stages; what the user can mend becomes one line and status 2, a failed engine 1."""
-    from uncomp.eval.engines.base import EngineError
-    from uncomp.eval.run.pipeline import run
-    from uncomp.eval.tasks.base import DataError
+    def work(say: Callable[[str], None]) -> int:
+        from uncomp.eval.run.pipeline import run
 
-    def say(text: str) -> None:
-        print(f"uncomp eval: {text}", file=sys.stderr, flush=True)
-
-    try:
         store = opened()
         say(f"run folder {store.folder}")
         run(store, stages, say)
+        return 0
+
+    return guarded("eval", work)
+
+
+def guarded(command: str, work: Callable[[Callable[[str], None]], int]) -> int:
+    """Run a resumable command; what the user can mend becomes one line and status 2, an engine or
+    data that failed 1.
+
+    Args:
+        command: name in the lines on stderr.
+        work: gets what prints such a line; returns the exit status.
+    """
+    from uncomp.eval.engines.base import EngineError
+    from uncomp.eval.tasks.base import DataError
+
+    def say(text: str) -> None:
+        print(f"uncomp {command}: {text}", file=sys.stderr, flush=True)
+
+    try:
+        return work(say)
     except (EngineError, DataError) as error:
         say(f"error: {error}")
         return 1
@@ -122,7 +138,6 @@ def _guarded(opened: Any, stages: tuple[str, ...]) -> int:
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         return 130
-    return 0
 
 
 def _new_run(args: argparse.Namespace) -> Any:

@@ -2,9 +2,11 @@
 
 import argparse
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from uncomp.cli.eval import guarded, named_values, words
 
 _ABOUT = """Search policy, pooling, window and keep ratio for the fewest kept KV bytes whose loss
 against the full cache is, with confidence, below a limit. Writes settings.yaml for
@@ -98,26 +100,15 @@ def _add_tables(group: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     # Standard output is for the table; read by vLLM when it is imported.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from uncomp.eval.engines.base import EngineError
-    from uncomp.eval.tasks.base import DataError
-    from uncomp.eval.tune.run import tune
 
-    def say(text: str) -> None:
-        print(f"uncomp tune: {text}", file=sys.stderr, flush=True)
+    def work(say: Callable[[str], None]) -> int:
+        from uncomp.eval.tune.run import tune
 
-    try:
         result = tune(options(args), args.out, say)
-    except (EngineError, DataError) as error:
-        say(f"error: {error}")
-        return 1
-    except ValueError as error:
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        return 130
-    print(result.markdown())
-    return 0 if result.chosen is not None else 1
+        print(result.markdown())
+        return 0 if result.chosen is not None else 1
+
+    return guarded("tune", work)
 
 
 def options(args: argparse.Namespace) -> Any:
@@ -126,7 +117,6 @@ def options(args: argparse.Namespace) -> Any:
     Raises:
         ValueError: an argument that cannot be used.
     """
-    from uncomp.cli.eval import named_values, words
     from uncomp.eval.tune.options import Options
     from uncomp.eval.tune.space import Space
     from uncomp.eval.tune.users import parse_bytes
