@@ -87,7 +87,7 @@ class UncompConfig:
         metadata=_meta("file of `uncomp calibrate`; without it entropies come from the prompt"),
     )
     online_tokens: int = field(
-        default=4096, metadata=_meta("tokens sampled per head for the online entropy")
+        default=1024, metadata=_meta("tokens sampled per head for the online entropy")
     )
     min_tokens: int = field(default=256, metadata=_meta("shorter sequences are never compressed"))
     recompact_every: int = field(

@@ -71,19 +71,10 @@ def gram(x: Tensor, lengths: Tensor, stride: int = 1) -> GramStats:
     if stride < 1:
         raise ValueError(f"gram: stride must be at least 1, got {stride}")
     count = (lengths + stride - 1) // stride
-    heads, _, size = x.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    outer = x.new_empty(heads, size, size, dtype=dtype)
-    shift, rest = x.new_empty(2, heads, size, dtype=dtype)
-    for head, n in enumerate(count.tolist()):
-        # A head at a time, in place: passes over memory are the cost, and its rows fit the cache.
-        rows = x[head, ::stride][:n].to(dtype, copy=True)
-        torch.div(rows.sum(0), max(n, 1), out=shift[head])
-        rows -= shift[head]
-        torch.mm(rows.T, rows, out=outer[head])
-        torch.sum(rows, 0, out=rest[head])  # rounding left by the shift, nearly zero
-    centred, rest = outer.to(torch.float64), rest.to(torch.float64)
-    shift = shift.to(torch.float64)
+    rows, mean = _centred_rows(x[:, ::stride], count)
+    centred = torch.bmm(rows.transpose(1, 2), rows).to(torch.float64)
+    rest = rows.sum(1).to(torch.float64)  # rounding left by the shift, nearly zero
+    shift = mean.to(torch.float64)
     mass = shift * count[:, None]
     outer = centred + _outer(shift, rest) + _outer(rest, shift) + _outer(mass, shift)
     return GramStats(outer, rest + mass, count.to(torch.int64))

@@ -1,5 +1,6 @@
 """Torch reference of the choice of cache entries."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,8 +83,16 @@ def _split(score: Tensor, among: Tensor, count: Tensor) -> tuple[Tensor, Tensor]
     threshold = score.new_empty(score.shape[0], 1)
     for rank in ranks.unique().tolist():
         alike = ranks == rank
-        threshold[alike] = masked[alike].kthvalue(rank, keepdim=True).values
+        threshold[alike] = _rank(masked[alike], rank)
     return among & (masked > threshold) & (count > 0)[:, None], among & (masked == threshold)
+
+
+def _rank(score: Tensor, rank: int) -> Tensor:
+    """`[H, 1]`, the rank-th smallest of every row, from 1; no NaN."""
+    if score.is_cpu:  # NumPy partitions with vector instructions, several times as fast
+        part = np.partition(score.numpy(), rank - 1, axis=1)
+        return torch.from_numpy(part[:, rank - 1 : rank])
+    return score.kthvalue(rank, keepdim=True).values
 
 
 def _best_tied(raw: Tensor, tied: Tensor, count: Tensor) -> Tensor:

@@ -47,24 +47,27 @@ def window_scores(
         return keys.new_zeros((heads, entries), dtype=dtype)
     rows = (queries.to(dtype) * scale).reshape(heads, group * window, size)
     valid = torch.arange(entries, device=keys.device) < lengths[:, None]  # [H, N]
-    # Most entries are seen by all queries; only the other columns, some window long, need a mask.
-    late = ~valid | (positions > query_positions.min())
-    columns = late.any(0).nonzero()[:, 0]
-    hidden = positions[:, None, columns] > query_positions[:, None]  # [H, w, columns]
-    hidden |= ~valid[:, None, columns]
-    first = positions.masked_fill(~valid, torch.iinfo(positions.dtype).max).amin(1)
-    blind = first[:, None] > query_positions  # [H, w]: sees nothing
-    any_blind = bool(blind.any())
+    # Most entries are seen by all queries; only the columns from the first other one on need a mask.
+    seen = valid & (positions <= query_positions.min())
+    start = int(seen.all(0).to(torch.uint8).cumprod(0).sum())
+    hidden = positions[:, None, start:] > query_positions[:, None]  # [H, w, entries - start]
+    hidden |= ~valid[:, None, start:]
+    blind = None  # [H, w], queries that see nothing
+    if not bool(seen.any(1).all()):
+        blind = (~valid[:, None] | (positions[:, None] > query_positions[:, None])).all(2)
     scores = rows.new_empty(heads, entries)
+    # A head at a time, into the same memory: what one step writes, the next reads from the cache.
+    converted = rows.new_empty(entries, size)
+    logits, probabilities = rows.new_empty(2, group, window, entries)
     for head in range(heads):
-        # A head at a time: what one step writes is still in the cache when the next one reads it.
-        logits = torch.mm(rows[head], keys[head].to(dtype).T).view(group, window, entries)
+        converted.copy_(keys[head])
+        torch.mm(rows[head], converted.T, out=logits.view(group * window, entries))
         if softcap > 0:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
+            logits.div_(softcap).tanh_().mul_(softcap)
         # A key only reaches its own column, so masking afterwards also removes NaN keys.
-        logits[..., columns] = logits[..., columns].masked_fill(hidden[head], float("-inf"))
-        probabilities = logits.softmax(-1)
-        if any_blind:  # their softmax is 0/0
+        logits[..., start:].masked_fill_(hidden[head], float("-inf"))
+        torch.softmax(logits, -1, out=probabilities)
+        if blind is not None:  # their softmax is 0/0
             probabilities.masked_fill_(blind[head, None, :, None], 0.0)
         if reduce == "sum":
             torch.sum(probabilities, (0, 1), out=scores[head])

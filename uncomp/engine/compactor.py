@@ -22,7 +22,7 @@ from uncomp.engine.cpu_layout import CacheLayout
 from uncomp.engine.orders import Order, Receipt
 from uncomp.engine.state import CompressedRequests
 from uncomp.kernels.entropy import Measure, spectrum, truncated_entropy
-from uncomp.kernels.gram import GramStats, gram
+from uncomp.kernels.gram import gram
 from uncomp.kernels.select import max_pool, top_entries
 from uncomp.policies import LayerView, Policy
 
@@ -193,19 +193,22 @@ class Compactor:
         """Scores [layers, heads, N] and, if the policy needs them, entropies [layers, heads]."""
         entropy = self._known_entropy(order, group)
         stride = max(1, math.ceil(held.positions.shape[2] / self.config.online_tokens))
-        raw, grams = [], []
+        raw, sampled = [], []
         for i, layer in enumerate(self.layers[group]):
             keys = self.layout.keys(layer.cache, held.sub_blocks[i]).flatten(1, 2)
             if self.policy.needs_entropy and entropy is None:
-                grams.append(gram(keys, held.lengths[i], stride))
+                sampled.append(keys[:, ::stride].contiguous())
             if self.config.relocate:
                 raw.append(torch.zeros(held.positions[i].shape))
                 continue
             own = queries[group][i] if queries is not None else None
             view = self._view(layer, order, held.lengths[i], held.positions[i], keys, own)
             raw.append(self.policy.score(view))
-        if grams:
-            eigenvalues = spectrum(GramStats.cat(grams).covariance())
+        if sampled:
+            counts = (held.lengths.flatten() + stride - 1) // stride
+            # Single precision moves an entropy by 1e-7; heads differ by 1e-2.
+            covariance = gram(torch.cat(sampled), counts).covariance()
+            eigenvalues = spectrum(covariance, torch.float32)
             measure = cast(Measure, self.config.measure)
             values = truncated_entropy(eigenvalues, self.config.truncation, measure)
             entropy = values.view(held.lengths.shape)
