@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,15 @@ def prepare(
     done = store.samples()
     if done is not None:
         return done
-    samples: list[Sample] = []
+    by_task: list[list[Sample]] = []
     data: dict[DataFile, list[str]] = {}
     for task in tasks:
         made = _of_task(task, store.plan, tokenizer, data)
         say(f"{task.name}: {len(made)} samples")
-        samples += made
+        by_task.append(made)
+    # In turns, so that a run that is still going has seen every task.
+    rounds = itertools.zip_longest(*by_task)
+    samples = [sample for turn in rounds for sample in turn if sample is not None]
     names = [(sample.task, sample.id) for sample in samples]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

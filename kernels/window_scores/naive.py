@@ -47,7 +47,7 @@ def window_scores(
         return keys.new_zeros((heads, entries), dtype=dtype)
     rows = (queries.to(dtype) * scale).reshape(heads, group * window, size)
     valid = torch.arange(entries, device=keys.device) < lengths[:, None]  # [H, N]
-    # Most entries are seen by all queries; only the columns from the first other one on need a mask.
+    # Most entries are seen by all queries; only columns from the first other one on need a mask.
     seen = valid & (positions <= query_positions.min())
     start = int(seen.all(0).to(torch.uint8).cumprod(0).sum())
     hidden = positions[:, None, start:] > query_positions[:, None]  # [H, w, entries - start]
