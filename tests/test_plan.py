@@ -17,10 +17,11 @@ def target(
     block_size: int = 16,
     protect: tuple[tuple[int, int], ...] = (),
     compress: bool = True,
+    compact_at: int | None = None,
     **settings: int | bool,
 ) -> Target:
     given = {"window": 8, "sinks": 4, "min_tokens": 1, "recompact_every": 64} | settings
-    own = RequestSettings(compress, keep, budget, protect)
+    own = RequestSettings(compress, keep, budget, protect, compact_at=compact_at)
     return Target(settings=own, block_size=block_size, **given)  # type: ignore[arg-type]
 
 
@@ -147,6 +148,15 @@ def test_triggers() -> None:
     assert prompt.next_trigger(1000) == 62 * 16 + 64
     assert target(keep=0.5, recompact_every=16, window=40).next_trigger(1000) == 1040
     assert target(keep=0.5, recompact_every=0).next_trigger(1000) is None
+
+
+def test_a_place_that_is_asked_for_comes_first_if_it_frees_anything() -> None:
+    asked = target(keep=0.25, min_tokens=256, compact_at=300)
+    assert (asked.place, asked.first_trigger(1000, 4096)) == (300, 300)
+    # Shorter than min_tokens: as if it had not been asked for.
+    early = target(keep=0.25, min_tokens=256, compact_at=255)
+    assert (early.place, early.first_trigger(1000, 4096)) == (None, 1000)
+    assert target(keep=0.25, compress=False, compact_at=300).first_trigger(1000, 4096) is None
 
 
 def test_relocation_moves_every_full_block_whenever_there_is_one() -> None:

@@ -56,6 +56,14 @@ def test_switch_off(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "place"),
+    [(1, 1), ("700", 700), (999, 999), (-1, 999), (-999, 1), (250.0, 250), (1000, None)],
+)
+def test_place_of_the_compaction(value: Any, place: int | None) -> None:
+    assert settings(kv_compact_at=value).compact_at == place
+
+
+@pytest.mark.parametrize(
     ("value", "spans"),
     [
         ("0:200", ((0, 200),)),
@@ -119,6 +127,12 @@ def test_spans_cover_what_python_slices_cover(
         ({"kv_compress": "maybe"}, "kv_compress='maybe': must be true or false"),
         ({"kv_compress": None}, "kv_compress=None"),
         ({"kv_compress": 2}, "kv_compress=2"),
+        ({"kv_compact_at": 0}, "kv_compact_at=0: must be a whole number of the prompt's 1000"),
+        ({"kv_compact_at": 1001}, "kv_compact_at=1001"),
+        ({"kv_compact_at": -1000}, "kv_compact_at=-1000"),
+        ({"kv_compact_at": 10.5}, "kv_compact_at=10.5"),
+        ({"kv_compact_at": True}, "kv_compact_at=True"),
+        ({"kv_compact_at": "end"}, "kv_compact_at='end'"),
         ({"kv_protect": "0-200"}, "kv_protect='0-200': must be slices of the prompt"),
         ({"kv_protect": "0:200:2"}, "kv_protect='0:200:2'"),
         ({"kv_protect": "0:2,,"}, "kv_protect='0:2,,'"),

@@ -75,12 +75,21 @@ class Target:
             return num_tokens >= self.block_size
         return self.kept_blocks(num_tokens) < held_blocks
 
+    @property
+    def place(self) -> int | None:
+        """Prompt tokens after which the request asks to be compacted, if that frees anything."""
+        at = self.settings.compact_at
+        return at if at is not None and self.worthwhile(at, at // self.block_size) else None
+
     def first_trigger(self, known_tokens: int, limit: int) -> int | None:
         """Length at which to compact for the first time: the end of the prefill if that frees
         anything, else the first block border at which it does; ``None`` if never below ``limit``.
+        A place that the request asks for comes before both.
         """
         if not self.settings.compress:
             return None
+        if self.place is not None:
+            return self.place
         length = known_tokens
         while length <= limit:
             if self.worthwhile(length, length // self.block_size):

@@ -8,6 +8,8 @@
                     several as a list or separated by commas
 ``kv_policy``       own policy or preset
 ``kv_settings``     own settings of the policy, an object or JSON text: ``{"pooling": 7}``
+``kv_compact_at``   compress after this many prompt tokens instead of after the whole prompt, before
+                    the rest is read (negative: counted from the end)
 ``kv_report``       ``true``: the answer says what was kept (``kv_transfer_params.uncomp``)
 ==================  ===============================================================================
 """
@@ -29,6 +31,7 @@ KEYS = (
     "kv_protect",
     "kv_policy",
     "kv_settings",
+    "kv_compact_at",
     "kv_report",
 )
 _SLICE = re.compile(r"^\s*(-?\d+)?\s*:\s*(-?\d+)?\s*$")
@@ -47,6 +50,8 @@ class RequestSettings:
         protect: half-open prompt spans ``(start, end)``, resolved, sorted and disjoint.
         own: settings of the request's own policy; ``None`` = the server's.
         report: whether the answer says what was kept.
+        compact_at: prompt tokens after which to compress first, fewer than all of them; ``None`` =
+            after all of them.
     """
 
     compress: bool
@@ -55,6 +60,7 @@ class RequestSettings:
     protect: tuple[tuple[int, int], ...] = ()
     own: UncompConfig | None = None
     report: bool = False
+    compact_at: int | None = None
 
     @property
     def protected_tokens(self) -> int:
@@ -90,7 +96,11 @@ def request_settings(
     if "kv_keep" in given or "kv_budget" in given:
         _check_bounds(keep, budget, config, prompt_tokens)
     protect = _spans(given["kv_protect"], prompt_tokens) if "kv_protect" in given else ()
-    return RequestSettings(compress and keep != 1.0, keep, budget, protect, own, report)
+    compact_at = given.get("kv_compact_at")
+    if compact_at is not None:
+        compact_at = _place(compact_at, prompt_tokens)
+    compress = compress and keep != 1.0
+    return RequestSettings(compress, keep, budget, protect, own, report, compact_at)
 
 
 def _own(given: Mapping[str, Any], config: UncompConfig) -> UncompConfig | None:
@@ -159,6 +169,22 @@ def _budget(value: Any, config: UncompConfig) -> int:
             f"(the window and the first tokens always stay)"
         )
     return tokens
+
+
+def _place(value: Any, prompt_tokens: int) -> int | None:
+    """A number of leading prompt tokens; ``None`` for all of them."""
+    try:
+        number = float(value)
+        place = int(number)
+    except (TypeError, ValueError, OverflowError):
+        number, place = float("nan"), 0
+    at = place + prompt_tokens if place < 0 else place
+    if isinstance(value, bool) or place != number or not 1 <= at <= prompt_tokens:
+        raise RequestError(
+            f"kv_compact_at={value!r}: must be a whole number of the prompt's {prompt_tokens} "
+            f"tokens, at least 1, or negative to count from the end"
+        )
+    return at if at < prompt_tokens else None
 
 
 def _spans(value: Any, prompt_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from traffic import Scenario, scenarios
 
 SHORTER_HIT = "same prefix, off"
-NAMES = ("batch", "single", "crowded", "aborts")
+NAMES = ("batch", "single", "crowded", "aborts", "middle")
 SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32}
 
 # Largest difference of a log-probability from the reference.

@@ -96,6 +96,24 @@ def single(source: Source) -> Scenario:
     return Scenario("single", tuple(asks), at_once=1)
 
 
+def middle(source: Source) -> Scenario:
+    """Compacted before the end of their prompts, beside others. (Greedy: steps are cut otherwise
+    than in an unmodified engine, so samples would be drawn in another order.)"""
+    prefix = source.take(320)
+    whole = prefix + source.take(60)
+    asks = [
+        Ask("read whole", whole, extra=OFF),
+        Ask("the same, in the middle", whole, extra={"kv_compact_at": -60}),
+        Ask("in the middle of a block", source.take(420), tokens=40, extra={"kv_compact_at": 333}),
+        Ask("at the end", prefix + source.take(30), tokens=40),
+        Ask("again while reading", source.take(300), extra={"kv_compact_at": 150}),
+        Ask("long", source.take(700)),
+        Ask("too early", source.take(200), extra={"kv_compact_at": 10}),
+    ]
+    asks.append(replace(asks[1], name="the same again"))
+    return Scenario("middle", tuple(asks), at_once=5)
+
+
 def crowded(source: Source) -> Scenario:
     """More than the pool can hold: requests are preempted and resumed."""
     asks = []
@@ -116,4 +134,4 @@ def aborts(source: Source) -> Scenario:
 
 def scenarios(model: Path) -> Sequence[Scenario]:
     source = Source(model)
-    return batch(source), single(source), crowded(source), aborts(source)
+    return batch(source), single(source), crowded(source), aborts(source), middle(source)

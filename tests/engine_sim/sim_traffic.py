@@ -82,6 +82,8 @@ class Traffic:
                 {"kv_budget": 8, "kv_protect": ["0:3", "-4:"]},
                 {"kv_protect": "0:5,3:9"},
                 {"kv_policy": "streaming", "kv_report": True},
+                {"kv_keep": 0.4, "kv_compact_at": 9},
+                {"kv_budget": 8, "kv_compact_at": -3},
                 {"kv_settings": {"window": 2, "sinks": 2, "recompact_every": 8}},
                 {"kv_policy": "adakv", "kv_settings": '{"window": 1}', "kv_budget": 8},
             ]

@@ -99,6 +99,56 @@ def test_a_hit_leaves_the_window_to_compute(window: int, cached: int) -> None:
     assert output.scheduled_new_reqs[0].num_computed_tokens == cached
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("place", [21, 24, -16])
+def test_compaction_in_the_middle_of_a_prompt(lag: int, place: int) -> None:
+    sim = simulation(lag)
+    sim.add("a", PROMPT, 5, kv_compact_at=place)
+    chunks: list[int] = []
+    ordered_at: list[int] = []
+
+    def note(moment: str) -> None:
+        if moment == "scheduled":
+            output = sim.in_flight[-1].output
+            chunks.extend(output.num_scheduled_tokens.values())
+            ordered_at.extend(o.num_tokens for o in getattr(output, ATTRIBUTE).orders)
+
+    while sim.scheduler.has_requests() or sim.in_flight:
+        sim.step(note)
+    at = place % 40
+    assert ordered_at == [at]
+    assert chunks[: 1 + 40 - at] == [at] + [1] * (40 - at)
+    sim.drain()
+
+
+def test_what_follows_the_place_is_no_prefix_hit() -> None:
+    """It was read with the full cache by others, and what was read compressed is for nobody."""
+    sim = simulation()
+    sim.add("a", PROMPT, 1, kv_compress=False)
+    while sim.scheduler.has_requests() or sim.in_flight:
+        sim.step()
+    sim.add("b", PROMPT, 1, kv_compact_at=22)
+    assert sim.scheduler.schedule().scheduled_new_reqs[0].num_computed_tokens == 20
+    fresh = simulation()
+    fresh.add("a", PROMPT, 1, kv_compact_at=22)
+    while fresh.scheduler.has_requests() or fresh.in_flight:
+        fresh.step()
+    fresh.add("b", PROMPT, 1, kv_compress=False)
+    assert fresh.scheduler.schedule().scheduled_new_reqs[0].num_computed_tokens <= 20
+
+
+def test_a_place_outlives_preemption() -> None:
+    sim = simulation()
+    sim.add("a", PROMPT, 30, kv_compact_at=24)
+    for _ in range(20):
+        sim.step()
+    sim.scheduler.reset_prefix_cache(reset_running_requests=True)
+    while sim.planner.tracked["a"].generation != 1 or sim.happened["resumed"] == 0:
+        sim.step()
+    assert sim.scheduler.requests["a"].num_computed_tokens == 24
+    sim.drain()
+
+
 def test_opted_out_and_short_requests_stay_whole() -> None:
     sim = simulation(min_tokens=64)
     sim.add("short", PROMPT[:20], 10)

@@ -5,7 +5,8 @@ hands the group to ``CompressedManager``. That manager differs from vLLM's in th
 
 * blocks written after a compaction are never hashed: their content is no longer a function of the
   token prefix;
-* a prefix hit leaves at least ``query_window`` tokens to compute, whose queries score the prompt;
+* a prefix hit leaves at least ``query_window`` tokens to compute, whose queries score the prompt
+  (or its part, :class:`HashesBelow`);
 * it can exchange and release blocks of a request's row on behalf of the planner.
 """
 
@@ -49,6 +50,18 @@ class CompressedSpec(FullAttentionSpec):
         return cls.of(merged, windows.pop())
 
 
+class HashesBelow(list[Any]):
+    """A request's block hashes, of which only those of its first ``limit`` tokens can be hits.
+
+    What follows a compaction in the middle of a prompt must not be taken from requests that read
+    it with the full cache.
+    """
+
+    def __init__(self, hashes: Sequence[Any], limit: int) -> None:
+        super().__init__(hashes)
+        self.limit = limit
+
+
 class CompressedManager(FullAttentionManager):
     """Block manager of :class:`CompressedSpec` groups."""
 
@@ -67,6 +80,8 @@ class CompressedManager(FullAttentionManager):
                 block_hashes, max_length, *args, **kwargs
             )
             spec = bound.arguments["kv_cache_spec"]
+        if isinstance(block_hashes, HashesBelow):
+            max_length = min(max_length, block_hashes.limit - 1)
         # vLLM asks for at most num_tokens - 1 cached tokens, so that one query is computed.
         max_length = max(0, max_length - max(spec.query_window - 1, 0))
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from uncomp.config import UncompConfig
-from uncomp.engine.cache_manager import CompressedManager
+from uncomp.engine.cache_manager import CompressedManager, HashesBelow
 from uncomp.engine.counters import Counters
 from uncomp.engine.orders import Order, Receipt, StepPlan
 from uncomp.engine.report import Report
 from uncomp.plan import Target
-from uncomp.request import RequestError, request_settings
+from uncomp.request import RequestError, RequestSettings, request_settings
 from uncomp.request_policy import needs_queries
 
 logger = logging.getLogger("vllm.uncomp")
@@ -71,6 +71,29 @@ class CompactionPlanner:
         self.max_model_len = max_model_len
         self.counters = counters
         self.tracked: dict[str, Tracked] = {}
+
+    def admit(self, request: Any) -> None:
+        """Note where a new request wants to be compacted in the middle of its prompt."""
+        settings = self._settings(request)
+        if settings is None or settings.compact_at is None:
+            return
+        place = self._target_of(settings).place
+        if place is not None:
+            request.block_hashes = HashesBelow(request.block_hashes, place)
+
+    def chunk(self, request: Any, start: int, wanted: int) -> int:
+        """Tokens of a request that may be computed in one step.
+
+        Args:
+            start: tokens computed before.
+            wanted: at least 0.
+        """
+        place = getattr(request.block_hashes, "limit", None)
+        if place is None:
+            return wanted
+        # The end of a chunk is where a compaction can be; after it, the worker attends to
+        # compressed rows of one token.
+        return min(wanted, place - start if start < place else 1)
 
     def plan(self, output: Any, requests: Mapping[str, Any]) -> StepPlan:
         """Decide for the step that ``schedule()`` has just put together.
@@ -170,7 +193,20 @@ class CompactionPlanner:
         if not settings.compress:
             self.counters.refused("opted_out")
             return None
+        return self._target_of(settings)
+
+    def _target_of(self, settings: RequestSettings) -> Target:
         return Target.of(settings, settings.own or self.config, self.block_size)
+
+    def _settings(self, request: Any) -> RequestSettings | None:
+        """``None`` where :meth:`_target` refuses."""
+        if request.sampling_params is None or getattr(request, "resumable", False):
+            return None
+        given = request.sampling_params.extra_args
+        try:
+            return request_settings(given, self.config, request.num_prompt_tokens)
+        except RequestError:
+            return None
 
     def report(self, request_id: str) -> dict[str, Any] | None:
         """What is kept of a request that asked to be told; ``None`` for others."""

@@ -62,6 +62,20 @@ class _Compacting(_Base):
             self.kv_cache_manager.block_pool.num_gpu_blocks,
         )
 
+        # Our own hook, see below; models with Mamba layers are refused.
+        self.need_mamba_block_aligned_split = True
+
+    def add_request(self, request: Any) -> None:
+        self._planner.admit(request)
+        super().add_request(request)
+
+    def _mamba_block_aligned_split(
+        self, request: Any, num_new_tokens: int, *cached: int, **more: int
+    ) -> int:
+        """Asked by vLLM for every request how many of its tokens may run in a step."""
+        start = request.num_computed_tokens + sum(cached) + sum(more.values())
+        return self._planner.chunk(request, start, num_new_tokens)
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
         plan = self._planner.plan(output, self.requests)
