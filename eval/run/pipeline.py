@@ -24,6 +24,9 @@ from uncomp.eval.tasks import hub, registry
 from uncomp.eval.tasks.base import Sample
 
 STAGES = ("prepare", "predict", "score", "report")
+#: when a prompt is compressed, as reports state it
+AWARE = "after the whole prompt: what is scored knows the question (query-aware)"
+AGNOSTIC = "after the context, before the question is read (query-agnostic)"
 #: tokens that a chat template may add to a prompt of the wanted length
 _TEMPLATE = 256
 
@@ -54,6 +57,7 @@ def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = Non
             seeds=plan.seed,
             methods={m.name: asdict(m) for m in chosen},
             rule_for_long_prompts=CUT_RULE,
+            compressed=AGNOSTIC if plan.query_agnostic else AWARE,
         )
         if "prepare" in stages:
             for name in plan.pins:

@@ -11,6 +11,9 @@ from typing import Any
 
 from uncomp.eval.methods import KEEPS
 
+#: what a run can get more of once it has begun
+_GROW = ("samples", "methods", "keeps", "custom")
+
 
 class PlanError(ValueError):
     """A plan that cannot be run; the message says why and what is allowed."""
@@ -38,6 +41,7 @@ class Plan:
         base_url: of a running server; None starts an engine here.
         served_model: name on that server.
         top_logprobs: best tokens that likelihood tasks compare.
+        query_agnostic: compress when the context is read, before the question is.
     """
 
     model: str
@@ -57,6 +61,7 @@ class Plan:
     base_url: str | None = None
     served_model: str | None = None
     top_logprobs: int = 20
+    query_agnostic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tasks", "lengths", "methods", "keeps", "pins"):
@@ -76,6 +81,10 @@ class Plan:
         """JSON-ready."""
         return json.loads(json.dumps(asdict(self)))
 
+    def to_json(self) -> str:
+        """As it is written to disk."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Plan:
         """Raises:
@@ -85,6 +94,16 @@ class Plan:
         if unknown:
             raise PlanError(f"unknown entries in the plan: {unknown}")
         return cls(**given)
+
+    def extends(self, other: Plan) -> bool:
+        """Whether this is `other` with more samples, methods or keep ratios, or the same."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return (
+            all(mine[k] == theirs[k] for k in mine if k not in _GROW)
+            and self.samples >= other.samples
+            and all(set(mine[k]) >= set(theirs[k]) for k in ("methods", "keeps"))
+            and all(mine["custom"].get(k) == v for k, v in theirs["custom"].items())
+        )
 
     def name(self) -> str:
         """Folder name: model, tasks and a digest of the whole plan."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from uncomp.eval.engines.base import Answer, Ask, Engine, EngineError
 from uncomp.eval.methods import Method, cases
+from uncomp.eval.run.plan import Plan
 from uncomp.eval.run.prompts import Prompt, Renderer
 from uncomp.eval.run.records import Case, Prediction
 from uncomp.eval.run.store import Store
@@ -67,7 +68,7 @@ def predict(
     renderer = Renderer(engine.tokenizer, engine.max_model_len, store.plan.chat)
     wanted = cases(methods, store.plan.keeps) if wanted is None else wanted
     done = {key(p.task, p.sample, p.turn, p.case) for p in store.predictions()}
-    groups, questions = _groups(samples, wanted, renderer, done, by_name, store.plan.top_logprobs)
+    groups, questions = _groups(samples, wanted, renderer, done, by_name, store.plan)
     total = sum(len(sample.turns) for sample in samples) * len(wanted)
     there = total - len(questions)
     advance(there, total)
@@ -85,7 +86,7 @@ def _groups(
     renderer: Renderer,
     done: set[Key],
     methods: Mapping[str, Method],
-    top_logprobs: int,
+    plan: Plan,
 ) -> tuple[list[list[Ask]], dict[str, Question]]:
     """Requests by prompt, and which question each of them is."""
     groups: list[list[Ask]] = []
@@ -100,21 +101,24 @@ def _groups(
             for case in left:
                 name = f"{sample.task}:{sample.id}:{turn}:{case.method}:{case.keep}"
                 questions[name] = Question(sample, turn, case, prompt)
-                group.append(_ask(name, questions[name], methods[case.method], top_logprobs))
+                group.append(_ask(name, questions[name], methods[case.method], plan))
             groups.append(group)
     return groups, questions
 
 
-def _ask(name: str, question: Question, method: Method, top_logprobs: int) -> Ask:
+def _ask(name: str, question: Question, method: Method, plan: Plan) -> Ask:
     turn = question.sample.turns[question.turn]
+    extra = method.request(question.case.keep)
+    if plan.query_agnostic and not method.full and question.prompt.context_end:
+        extra["kv_compact_at"] = question.prompt.context_end
     return Ask(
         name,
         question.prompt.ids,
         turn.max_tokens,
-        method.request(question.case.keep),
+        extra,
         turn.stop,
         question.prompt.forced,
-        top_logprobs if question.prompt.forced else 0,
+        plan.top_logprobs if question.prompt.forced else 0,
     )
 
 

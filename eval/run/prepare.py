@@ -18,16 +18,21 @@ def prepare(
 ) -> list[Sample]:
     """The run's samples: those on disk, or made now and written.
 
+    When the plan has grown, the samples of before are among the new ones.
+
     Args:
         tokenizer: of the model; generators fill lengths with it.
         say: takes progress lines.
 
     Raises:
-        PlanError: two samples have the same name, or a task made none.
+        PlanError: two samples have the same name, a task made none, or its samples are others when
+            more are made.
         DataError: data cannot be had.
     """
+    count = store.plan.samples
     done = store.samples()
-    if done is not None:
+    if done is not None and store.facts().get("samples_per_task", count) == count:
+        store.keep_plan()
         return done
     by_task: list[list[Sample]] = []
     data: dict[DataFile, list[str]] = {}
@@ -42,11 +47,20 @@ def prepare(
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PlanError(f"two samples are called {twice}: the task's generator repeats ids")
+    now = {(sample.task, sample.id): sample for sample in samples}
+    for before in done or ():
+        if now.get((before.task, before.id)) != before:
+            raise PlanError(
+                f"{before.task}: with {count} samples, {before.id} is another than it was; start a "
+                f"new run"
+            )
     store.add_facts(
+        samples_per_task=count,
         data=[{**dataclasses.asdict(file), "tasks": used} for file, used in data.items()],
         tasks=[f"{task.name} ({task.source}; {task.licence})" for task in tasks],
     )
     store.write_samples(samples)
+    store.keep_plan()
     return samples
 
 

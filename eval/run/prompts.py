@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from uncomp.eval.tasks.base import Sample, Turn
+
+#: stands for a question; no text has it
+_MARK = "\x00\x00"
 
 #: The rule, as reports state it.
 CUT_RULE = (
@@ -22,11 +27,13 @@ class Prompt:
         ids: token ids.
         forced: token ids the model is made to say; empty for ordinary turns.
         cut: context tokens left out.
+        context_end: tokens of the prompt up to the end of the context.
     """
 
     ids: tuple[int, ...]
     forced: tuple[int, ...] = ()
     cut: int = 0
+    context_end: int = 0
 
 
 class Renderer:
@@ -65,13 +72,14 @@ class Renderer:
         room = self.window - (len(forced) or asked.max_tokens)
         ids = self._ids(sample, turn, sample.context)
         if len(ids) <= room:
-            return Prompt(ids, forced)
+            return Prompt(ids, forced, context_end=self._end(sample, sample.context, ids))
         context = self._encode(sample.context, special=False)
         keep = len(context) - (len(ids) - room)
         while keep > 0:
-            ids = self._ids(sample, turn, self._without_middle(context, keep))
+            text = self._without_middle(context, keep)
+            ids = self._ids(sample, turn, text)
             if len(ids) <= room:
-                return Prompt(ids, forced, len(context) - keep)
+                return Prompt(ids, forced, len(context) - keep, self._end(sample, text, ids))
             keep -= len(ids) - room  # text cut at the seam can take a token more
         raise ValueError(
             f"{sample.task} {sample.id}: {len(ids)} tokens do not fit into {room} (a window of "
@@ -83,6 +91,21 @@ class Renderer:
         front = keep - back
         halves = (context[:front], context[len(context) - back :])
         return "".join(self.tokenizer.decode(list(half)) for half in halves)
+
+    def _end(self, sample: Sample, context: str, ids: tuple[int, ...]) -> int:
+        """How many of a prompt's ids come from what stands before the first question.
+
+        A token of both sides, white space mostly, belongs to the question.
+        """
+        asked = dataclasses.replace(sample.turns[0], question=_MARK, prefix="")
+        marked = dataclasses.replace(sample, turns=(asked,))
+        if self.uses_chat(sample):
+            text = self._chat_text(marked, 0, context)
+        else:
+            text = _plain_text(marked, 0, context)
+        before = self._encode(text[: text.rindex(_MARK)], special=not self.uses_chat(sample))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))
+        return sum(1 for _ in same)
 
     def _ids(self, sample: Sample, turn: int, context: str) -> tuple[int, ...]:
         if self.uses_chat(sample):

@@ -41,7 +41,7 @@ class Store:
 
     @classmethod
     def create(cls, folder: Path, plan: Plan) -> Store:
-        """A new run, or the one of the same plan that is there already.
+        """A new run, or the one that is there already and has the same plan or a part of it.
 
         Raises:
             PlanError: the folder holds something else. Nothing is overwritten.
@@ -49,6 +49,9 @@ class Store:
         path = folder / "plan.json"
         if path.exists():
             store = cls(folder)
+            if plan.extends(store.plan):
+                store.plan = plan
+                return store
             there, asked = store.plan.to_dict(), plan.to_dict()
             changed = {k: (there[k], asked[k]) for k in asked if there[k] != asked[k]}
             if changed:
@@ -58,8 +61,12 @@ class Store:
         if folder.exists() and any(folder.iterdir()):
             raise PlanError(f"{folder} is not empty and holds no run: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(plan.to_dict(), indent=1) + "\n")
+        _replace(path, plan.to_json())
         return cls(folder)
+
+    def keep_plan(self) -> None:
+        """Write the plan, which may have grown since it was read."""
+        _replace(self.folder / "plan.json", self.plan.to_json())
 
     @contextmanager
     def alone(self) -> Iterator[None]:

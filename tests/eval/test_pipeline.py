@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,55 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys)) == 25
     pipeline.run(store, STAGES, quiet, start)
     assert len(engines) == 2  # nothing left to ask: no engine is started
+
+
+def test_a_run_can_grow(tmp_path: Path) -> None:
+    engines: list[Scripted] = []
+
+    def start(plan: Plan, methods: Sequence[Method]) -> Scripted:
+        engines.append(Scripted(methods))
+        return engines[-1]
+
+    folder = tmp_path / "run"
+    for changes in ({"samples": 2}, {"samples": 4}, {"methods": ("streaming", "random", "snapkv")}):
+        now = plan(**{"tasks": ("likelihood/repeat",), "samples": 4, **changes})
+        pipeline.run(Store.create(folder, now), STAGES, quiet, start)
+    assert [len(engine.asked) for engine in engines] == [2 * 5, 2 * 5, 4 * 2]
+    store = Store(folder)
+    assert len(list(store.predictions())) == 4 * 7
+    for less in ({"samples": 3}, {"samples": 4}, {"samples": 9, "seed": 1}):
+        with pytest.raises(PlanError, match="holds another run"):
+            Store.create(folder, plan(**{"tasks": ("likelihood/repeat",), **less}))
+
+
+def test_samples_that_change_when_more_are_made_are_refused(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "run", plan(samples=2))
+    pipeline.run(store, ("prepare",), quiet)
+    (first, *others) = store.samples() or []
+    store.write_samples([replace(first, context="other"), *others])
+    grown = Store.create(tmp_path / "run", plan(samples=3))
+    with pytest.raises(PlanError, match=f"{first.id} is another than it was"):
+        pipeline.run(grown, ("prepare",), quiet)
+    assert Store(store.folder).plan.samples == 2
+
+
+def test_query_agnostic_runs_compress_before_the_question(tmp_path: Path) -> None:
+    engines: list[Scripted] = []
+
+    def start(plan: Plan, methods: Sequence[Method]) -> Scripted:
+        engines.append(Scripted(methods))
+        return engines[-1]
+
+    store = Store.create(tmp_path / "run", plan(query_agnostic=True))
+    pipeline.run(store, STAGES, quiet, start)
+    for ask in engines[0].asked:
+        place = ask.extra.get("kv_compact_at")
+        if ask.extra.get("kv_compress") == "false":
+            assert place is None
+        else:
+            asked = Letters().decode(list(ask.prompt[place:]))
+            assert asked.lstrip().startswith("What is the special magic number"), asked
+    assert "query-agnostic" in (store.folder / "report" / "report.md").read_text("utf-8")
 
 
 def test_likelihood_is_compared_with_the_full_cache(tmp_path: Path) -> None:

@@ -50,6 +50,26 @@ def test_chat_template_with_the_answer_begun() -> None:
     assert text(100) == ("<user>Read: 0123456789 Who?<assistant>It is", 0)
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_end_of_the_context(chat: bool, turn: int) -> None:
+    prompt = Renderer(Words(), 100, chat).prompt(sample(), turn)
+    before = "<user>Read: 0123456789" if chat else "\x01Read: 0123456789"
+    assert Words().decode(list(prompt.ids[: prompt.context_end])) == before
+    cut = Renderer(Words(), len(prompt.ids), chat).prompt(sample(), turn)
+    assert (cut.cut, cut.context_end) == (5, prompt.context_end - 5)
+
+
+def test_a_token_of_context_and_question_belongs_to_the_question() -> None:
+    class Pairs(Words):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[str]:  # type: ignore[override]
+            return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    odd = sample(context="012345678", chat=False)
+    prompt = Renderer(Pairs(), 100, chat=False).prompt(odd, 0)
+    assert "".join(prompt.ids[: prompt.context_end]) == "Read: 01234567"  # type: ignore[arg-type]
+
+
 def test_later_turns_see_earlier_ones_with_their_reference() -> None:
     expected = "<system>Be brief.<user>Read: 0123456789 Who?<assistant>It is me<user> Why?"
     assert text(200, turn=1, system="Be brief.") == (expected + "<assistant>", 0)

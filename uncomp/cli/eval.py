@@ -66,6 +66,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep", default="0.5,0.25,0.125,0.0625", help="keep ratios")
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--query-agnostic",
+        action="store_true",
+        help="compress when the context is read, before the question is",
+    )
     parser.add_argument("--data", help="folder with data sets, where no hub can be reached")
     parser.add_argument(
         "--pin",
@@ -163,6 +168,7 @@ def _new_run(args: argparse.Namespace) -> Any:
         base_url=args.base_url,
         served_model=args.served_model,
         top_logprobs=args.top_logprobs,
+        query_agnostic=args.query_agnostic,
     )
     check(plan)
     return Store.create(args.out or Path("uncomp-eval", plan.name()), plan)

@@ -15,7 +15,7 @@ _ADDITIONAL = "--additional-config"
 _EPILOG = """Every other argument goes to `vllm serve` untouched: see `vllm serve --help`.
 UNCOMP_DISABLE=1 in the environment serves without compression, whatever the flags say.
 A request can have its own settings (vllm_xargs in the OpenAI API): kv_compress, kv_keep, kv_budget,
-kv_protect, kv_policy, kv_settings, kv_report."""
+kv_protect, kv_policy, kv_settings, kv_compact_at, kv_report."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
