@@ -1,8 +1,7 @@
 """``python -m uncomp.eval.bench NAME``: run a benchmark, print its table, write its rows.
 
-cpu     throughput, memory and overhead on the CPU engine (about ten minutes)
-needle  exact match of every policy on one needle in real text (about ten minutes)
-gpu     kernels and engine on a GPU; has options of its own: gpu --help
+cpu  throughput, memory and overhead on the CPU engine (about ten minutes)
+gpu  kernels and engine on a GPU; has options of its own: gpu --help
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from uncomp.eval.bench import cpu, needle, rows
+from uncomp.eval.bench import cpu, rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,10 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bench", choices=["cpu", "needle", "gpu"])
+    parser.add_argument("bench", choices=["cpu", "gpu"])
     parser.add_argument("--model", help="checkpoint or hub name (default: the demo model)")
     parser.add_argument("--tokens", type=int, help="prompt length")
-    parser.add_argument("--requests", type=int, help="batch size, or samples of needle")
+    parser.add_argument("--requests", type=int, help="batch size")
     parser.add_argument("--output", type=int, default=cpu.Setting.output)
     parser.add_argument("--keep", type=float, default=cpu.Setting.keep)
     parser.add_argument("--policy", default=cpu.Setting.policy)
@@ -47,21 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    if given.bench == "cpu":
-        setting = cpu.Setting(
-            model,
-            given.requests or cpu.Setting.requests,
-            given.tokens or cpu.Setting.tokens,
-            given.output,
-            given.keep,
-            given.policy,
-            threads=given.threads,
-        )
-        found = cpu.bench(setting, say)
-    else:
-        samples = given.requests or needle.Setting.samples
-        tokens = given.tokens or needle.Setting.tokens
-        found = needle.bench(needle.Setting(model, samples, tokens), say)
+    setting = cpu.Setting(
+        model,
+        given.requests or cpu.Setting.requests,
+        given.tokens or cpu.Setting.tokens,
+        given.output,
+        given.keep,
+        given.policy,
+        threads=given.threads,
+    )
+    found = cpu.bench(setting, say)
     print(rows.table(found))
     if not given.dry:
         say(f"rows written to {rows.write(found, given.name or given.bench)}")

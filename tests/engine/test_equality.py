@@ -138,13 +138,14 @@ def test_relocated_equals_unmodified_engine(runs: Runs, scenario: str) -> None:
     Rows are grouped differently for the kernels, so in bfloat16 a sequence may take the other side
     of a tie; up to there the log-probabilities agree within rounding.
     """
-    stock = {(n, a.greedy, i): a for i, (n, a, _) in enumerate(runs.sequences("stock", scenario))}
-    moved = list(runs.sequences("relocating", scenario))
-    assert sum(bool(trace) for _, _, trace in moved) > len(moved) // 3
-    for ours, theirs in zip((a for _, a, _ in moved), stock.values(), strict=True):
-        if runs.dtype == "float32":
-            assert ours.tokens == theirs.tokens
-        assert _distance_to_fork(ours, theirs) < TOLERANCE[runs.dtype]
+    stock, moved = (runs.of[kind, scenario] for kind in ("stock", "relocating"))
+    assert sum(map(bool, moved.traces.values())) > len(moved.traces) // 3
+    assert moved.answers.keys() == stock.answers.keys()
+    for name, group in moved.answers.items():
+        for ours, theirs in zip(group, stock.answers[name], strict=True):
+            if runs.dtype == "float32":
+                assert ours.tokens == theirs.tokens, name
+            assert _distance_to_fork(ours, theirs) < TOLERANCE[runs.dtype], name
 
 
 def test_dropping_equals_masked_reference(runs: Runs, scenario: str, record_property: Any) -> None:

@@ -137,6 +137,14 @@ def test_what_follows_the_place_is_no_prefix_hit() -> None:
     assert fresh.scheduler.schedule().scheduled_new_reqs[0].num_computed_tokens <= 20
 
 
+def test_a_scheduler_that_runs_past_the_place_is_stopped() -> None:
+    sim = simulation()
+    sim.scheduler.need_mamba_block_aligned_split = False
+    sim.add("a", PROMPT, 5, kv_compact_at=24)
+    with pytest.raises(RuntimeError, match=r"after 24 tokens, but this vLLM runs tokens 0 to 40"):
+        sim.step()
+
+
 def test_a_place_outlives_preemption() -> None:
     sim = simulation()
     sim.add("a", PROMPT, 30, kv_compact_at=24)

@@ -1,4 +1,4 @@
-"""`uncomp bench serve|cpu|needle|gpu`: the benchmarks of :mod:`uncomp.eval.bench`."""
+"""`uncomp bench serve|cpu|gpu`: the benchmarks of :mod:`uncomp.eval.bench`."""
 
 import argparse
 import sys
@@ -6,7 +6,6 @@ import sys
 BENCHES = {
     "serve": "servers with a full and with a compressed cache, under HTTP load",
     "cpu": "throughput, memory and overhead on the CPU engine",
-    "needle": "exact match of every policy on one needle in real text",
     "gpu": "kernels and engine on a GPU",
 }
 

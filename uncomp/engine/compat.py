@@ -52,6 +52,12 @@ CONTRACT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Scheduler.update_from_output",
         ("self", "scheduler_output", "model_runner_output"),
     ),
+    (_CORE + "sched/scheduler.py", "Scheduler.add_request", ("self", "request")),
+    (
+        _CORE + "sched/scheduler.py",
+        "Scheduler._mamba_block_aligned_split",
+        ("self", "request", "num_new_tokens"),
+    ),
     (_CORE + "sched/scheduler.py", "Scheduler.shutdown", ("self",)),
     (_CORE + "sched/async_scheduler.py", "AsyncScheduler", ()),
     (

@@ -107,7 +107,7 @@ class CompactionPlanner:
         self._adopt((new.req_id for new in output.scheduled_new_reqs), requests)
         self._adopt(output.scheduled_cached_reqs.resumed_req_ids, requests)
         plan = StepPlan()
-        for request_id in output.num_scheduled_tokens:
+        for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self.tracked.get(request_id)
             if tracked is None:
                 continue
@@ -116,6 +116,12 @@ class CompactionPlanner:
             if tracked.trigger is None:
                 continue
             computed = requests[request_id].num_computed_tokens
+            place = tracked.target.place
+            if place is not None and computed - scheduled < place < computed:
+                raise RuntimeError(
+                    f"uncomp: {request_id} is to be compacted after {place} tokens, but this vLLM "
+                    f"runs tokens {computed - scheduled} to {computed} of it in one step"
+                )
             if tracked.window and computed > tracked.trigger - tracked.window:
                 plan.record[request_id] = (max(0, tracked.trigger - tracked.window), computed)
             if computed >= tracked.trigger:
