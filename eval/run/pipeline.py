@@ -20,7 +20,7 @@ from uncomp.eval.run.prepare import prepare
 from uncomp.eval.run.prompts import CUT_RULE
 from uncomp.eval.run.score import score
 from uncomp.eval.run.store import Store
-from uncomp.eval.tasks import hub, registry
+from uncomp.eval.tasks import hub, registry, sources
 from uncomp.eval.tasks.base import Sample
 
 STAGES = ("prepare", "predict", "score", "report")
@@ -35,7 +35,13 @@ Say = Callable[[str], None]
 Start = Callable[[Plan, Sequence[Method]], Engine]
 
 
-def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = None) -> list[Path]:
+def run(
+    store: Store,
+    stages: Sequence[str],
+    say: Say,
+    start: Start | None = None,
+    serving: Sequence[Path] = (),
+) -> list[Path]:
     """Run stages of an evaluation.
 
     Args:
@@ -43,6 +49,7 @@ def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = Non
         stages: from :data:`STAGES`; what they need of earlier ones must be there.
         say: takes progress lines.
         start: makes engines; default: what the plan says.
+        serving: results of `uncomp bench serve` that the report shows too.
 
     Returns:
         The files of the report, if that stage was asked for.
@@ -62,6 +69,8 @@ def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = Non
         if "prepare" in stages:
             for name in plan.pins:
                 hub.pin(name)
+            for sha256 in plan.accept:
+                sources.accept(sha256)
             tasks = registry.find(plan.tasks)
             prepare(store, tasks, load_tokenizer(plan), say)
         if "predict" in stages:
@@ -69,7 +78,7 @@ def run(store: Store, stages: Sequence[str], say: Say, start: Start | None = Non
         if "score" in stages:
             say(f"{len(score(store, _samples(store)))} scores")
         if "report" in stages:
-            return _report(store, say)
+            return _report(store, say, serving)
         return []
 
 
@@ -208,13 +217,14 @@ def _command() -> str:
     return " ".join(words)
 
 
-def _report(store: Store, say: Say) -> list[Path]:
+def _report(store: Store, say: Say, serving: Sequence[Path]) -> list[Path]:
+    from uncomp.eval.report.serving import read_serving
     from uncomp.eval.report.write import write_report
 
     scores = store.scores()
     if not scores:
         raise PlanError(f"{store.folder} has no scores yet: run its score stage first")
-    files = write_report(scores, store.facts(), store.folder / "report")
+    files = write_report(scores, store.facts(), store.folder / "report", *read_serving(serving))
     for file in files:
         say(str(file))
     return files

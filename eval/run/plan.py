@@ -36,6 +36,7 @@ class Plan:
         chat: chat template for the tasks that leave it open.
         data: folder with data sets.
         pins: ``owner/name@revision`` of hub data sets to be read at that revision.
+        accept: SHA-256 of packaged data files that may differ from the pinned ones.
         calibration: file for methods that need one.
         engine: arguments of the engine.
         base_url: of a running server; None starts an engine here.
@@ -56,6 +57,7 @@ class Plan:
     chat: bool = True
     data: str | None = None
     pins: tuple[str, ...] = ()
+    accept: tuple[str, ...] = ()
     calibration: str | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     base_url: str | None = None
@@ -64,7 +66,7 @@ class Plan:
     query_agnostic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "lengths", "methods", "keeps", "pins"):
+        for name in ("tasks", "lengths", "methods", "keeps", "pins", "accept"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.tasks:
             raise PlanError("no task: name some with --tasks (uncomp eval list)")

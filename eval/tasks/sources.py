@@ -111,8 +111,8 @@ def package_bytes(package: str, path: str) -> tuple[bytes, DataFile]:
     if pin and found != pin.sha256 and found not in _accepted:
         raise DataError(
             f"{path} of {version} has SHA-256 {found}, but results are made with {pin.sha256}. "
-            f"Install the version named by uncomp's extra ({INSTALL}), or call "
-            f"uncomp.eval.tasks.sources.accept({found!r}) to go on with the other data"
+            f"Install the version named by uncomp's extra ({INSTALL}), or give --accept-data "
+            f"{found} to go on with the other data"
         )
     licence = pin.licence if pin else f"see {version}"
     return content, DataFile(path.rsplit("/", 1)[-1], found, licence, version)

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         command = commands.add_parser(name, help=f"the {name} stage of a run")
         command.add_argument("folder", type=Path)
         command.set_defaults(run=_continue, stages=(name,))
+        if name == "report":
+            command.add_argument(
+                "--serving",
+                type=Path,
+                nargs="+",
+                default=[],
+                metavar="FILE",
+                help="NAME.json of `uncomp bench serve`, shown beside the scores",
+            )
 
 
 def _usage(parser: argparse.ArgumentParser) -> int:
@@ -79,6 +88,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         metavar="OWNER/NAME@REVISION",
         help="read a hub data set at this revision",
     )
+    parser.add_argument(
+        "--accept-data",
+        action="append",
+        default=[],
+        metavar="SHA256",
+        help="take a packaged data file that is not the pinned one",
+    )
     parser.add_argument("--calibration", help="file of `uncomp calibrate`")
     parser.add_argument("--base-url", help="of a running server, e.g. http://localhost:8000/v1")
     parser.add_argument("--served-model", help="name on that server")
@@ -103,16 +119,16 @@ def _continue(args: argparse.Namespace) -> int:
 
         return Store(args.folder)
 
-    return _guarded(opened, args.stages)
+    return _guarded(opened, args.stages, getattr(args, "serving", ()))
 
 
-def _guarded(opened: Any, stages: tuple[str, ...]) -> int:
+def _guarded(opened: Any, stages: tuple[str, ...], serving: Sequence[Path] = ()) -> int:
     def work(say: Callable[[str], None]) -> int:
         from uncomp.eval.run.pipeline import run
 
         store = opened()
         say(f"run folder {store.folder}")
-        run(store, stages, say)
+        run(store, stages, say, serving=serving)
         return 0
 
     return guarded("eval", work)
@@ -163,6 +179,7 @@ def _new_run(args: argparse.Namespace) -> Any:
         chat=args.chat,
         data=args.data,
         pins=tuple(args.pin),
+        accept=tuple(args.accept_data),
         calibration=args.calibration,
         engine=named_values("--engine", args.engine),
         base_url=args.base_url,
