@@ -76,7 +76,7 @@ def run(
         if "predict" in stages:
             _predict(store, _samples(store), chosen, start or start_engine, say)
         if "score" in stages:
-            say(f"{len(score(store, _samples(store)))} scores")
+            say(f"{len(score(store, _samples(store), say))} scores")
         if "report" in stages:
             return _report(store, say, serving)
         return []

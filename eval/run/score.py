@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from uncomp.eval.run.plan import PlanError
@@ -16,12 +16,22 @@ from uncomp.eval.tasks.base import Sample
 LOWER = ("nll", "nll_increase", "kl")
 
 
-def score(store: Store, samples: Sequence[Sample]) -> list[Scored]:
-    """Score every prediction of the run and write the scores.
+def score(store: Store, samples: Sequence[Sample], say: Callable[[str], None]) -> list[Scored]:
+    """Score the predictions of the run and write the scores.
+
+    A run that is still going, or was stopped, is scored over the samples that have an answer of
+    every case: comparisons are over the same samples then.
 
     Raises:
-        PlanError: a likelihood turn has no answer of the full cache to be compared with.
+        PlanError: no sample has one, or a likelihood turn has no answer of the full cache.
     """
+    left_out = unfinished(store.predictions(), samples)
+    if left_out:
+        say(f"{len(left_out)} of {len(samples)} samples have not been answered in full: left out")
+    if len(left_out) == len(samples):
+        raise PlanError(
+            f"{store.folder}: no sample is answered in full yet; run the predict stage first"
+        )
     by_name = {(sample.task, sample.id): sample for sample in samples}
     full: dict[Key, Prediction] = {}
     for prediction in store.predictions():
@@ -30,6 +40,8 @@ def score(store: Store, samples: Sequence[Sample]) -> list[Scored]:
     token_bytes = _token_bytes(store)
     scores = []
     for prediction in store.predictions():
+        if (prediction.task, prediction.sample) in left_out:
+            continue
         # A token of another engine, with an FP8 cache, has other bytes.
         share = token_bytes.get(prediction.case.method, 1.0)
         for one in values(prediction, by_name[prediction.task, prediction.sample], full):
@@ -37,6 +49,23 @@ def score(store: Store, samples: Sequence[Sample]) -> list[Scored]:
             scores.append(replace(one, keep_measured=kept))
     store.write_scores(scores)
     return scores
+
+
+def unfinished(
+    predictions: Iterable[Prediction], samples: Sequence[Sample]
+) -> set[tuple[str, str]]:
+    """Task and id of the samples without an answer of every case, to every turn."""
+    answered: dict[tuple[str, str], set[tuple[int, Case]]] = {}
+    for prediction in predictions:
+        found = answered.setdefault((prediction.task, prediction.sample), set())
+        found.add((prediction.turn, prediction.case))
+    cases = {case for found in answered.values() for _, case in found}
+    return {
+        (sample.task, sample.id)
+        for sample in samples
+        if len(answered.get((sample.task, sample.id), ())) < len(sample.turns) * len(cases)
+        or not cases
+    }
 
 
 def _token_bytes(store: Store) -> dict[str, float]:
