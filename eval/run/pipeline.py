@@ -169,13 +169,14 @@ def note_engine(store: Store, found: dict[str, Any], served: list[Method]) -> No
     engines = known.get("engines", [])
     one = {**found, "for": [method.name for method in served]}
     this = {name: here[name] for name in ("cpu", "cores")}
+    commits = [c for c in known.get("commit", "").split(" + ") if c not in ("", here["commit"])]
     machines = [m for m in known.get("machine", []) if m != this]
     store.add_facts(
         model=found.get("model", store.plan.model),
         revision=found.get("revision"),
         machine=[*machines, this],
         versions={**versions, "uncomp": here["uncomp"]},
-        commit=here["commit"],
+        commit=" + ".join([*commits, here["commit"]]),
         date=here["date"],
         command=_command(),
         engines=engines if one in engines else [*engines, one],

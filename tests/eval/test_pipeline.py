@@ -110,7 +110,7 @@ def test_from_plan_to_report(tmp_path: Path) -> None:
     assert all(file.stat().st_size > 100 for file in files)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.create(tmp_path / "run", plan())
     engines: list[Scripted] = []
 
@@ -127,8 +127,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     # Five cases a sample: of the seven answers, two are of a sample that lacks others.
     assert said[0].startswith("4 of 5 samples have not been answered in full")
     assert len(store.scores()) == 5
+    first = store.facts()["commit"]
+    here = pipeline.machine()
+    monkeypatch.setattr(pipeline, "machine", lambda: here | {"commit": "later"})
     pipeline.run(store, STAGES, quiet, start)
     assert store.samples() == samples
+    assert store.facts()["commit"] == f"{first} + later"
     keys = [ask.key for engine in engines for ask in engine.asked]
     assert len(keys) == len(set(keys)) == 25
     pipeline.run(store, STAGES, quiet, start)
