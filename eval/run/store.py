@@ -54,10 +54,8 @@ class Store:
                 return store
             there, asked = store.plan.to_dict(), plan.to_dict()
             changed = {k: (there[k], asked[k]) for k in asked if there[k] != asked[k]}
-            if changed:
-                says = "; ".join(f"{k}: {a!r} there, {b!r} asked" for k, (a, b) in changed.items())
-                raise PlanError(f"{folder} holds another run ({says}): choose another --out")
-            return store
+            says = "; ".join(f"{k}: {a!r} there, {b!r} asked" for k, (a, b) in changed.items())
+            raise PlanError(f"{folder} holds another run ({says}): choose another --out")
         if folder.exists() and any(folder.iterdir()):
             raise PlanError(f"{folder} is not empty and holds no run: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)

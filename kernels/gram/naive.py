@@ -1,6 +1,5 @@
 """Torch reference of the covariance statistics behind the matrix entropy."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +23,6 @@ class GramStats:
     def __add__(self, other: "GramStats") -> "GramStats":
         return GramStats(
             self.outer + other.outer, self.total + other.total, self.count + other.count
-        )
-
-    @classmethod
-    def cat(cls, parts: Sequence["GramStats"]) -> "GramStats":
-        """The sets of all parts, one after the other; nothing is added up."""
-        return cls(
-            torch.cat([part.outer for part in parts]),
-            torch.cat([part.total for part in parts]),
-            torch.cat([part.count for part in parts]),
         )
 
     def covariance(self) -> Tensor:

@@ -18,7 +18,7 @@ from uncomp.engine.counters import Counters
 from uncomp.engine.orders import Order, Receipt, StepPlan
 from uncomp.engine.report import Report
 from uncomp.plan import Target
-from uncomp.request import RequestError, RequestSettings, request_settings
+from uncomp.request import RequestError, request_settings
 from uncomp.request_policy import needs_queries
 
 logger = logging.getLogger("vllm.uncomp")
@@ -74,10 +74,13 @@ class CompactionPlanner:
 
     def admit(self, request: Any) -> None:
         """Note where a new request wants to be compacted in the middle of its prompt."""
-        settings = self._settings(request)
-        if settings is None or settings.compact_at is None:
+        given = getattr(request.sampling_params, "extra_args", None) or {}
+        if "kv_compact_at" not in given or getattr(request, "resumable", False):
             return
-        place = self._target_of(settings).place
+        try:
+            place = self._target_of(request).place
+        except RequestError:
+            return  # counted and logged when it is scheduled
         if place is not None:
             request.block_hashes = HashesBelow(request.block_hashes, place)
 
@@ -190,29 +193,21 @@ class CompactionPlanner:
             self.counters.refused("streaming_input")
             return None
         try:
-            settings = request_settings(params.extra_args, self.config, request.num_prompt_tokens)
+            target = self._target_of(request)
         except RequestError as error:
             # The front end answers these with a 400; only a foreign front end gets here.
             logger.warning("request %s is served uncompressed: %s", request.request_id, error)
             self.counters.refused("invalid_settings")
             return None
-        if not settings.compress:
+        if not target.settings.compress:
             self.counters.refused("opted_out")
             return None
-        return self._target_of(settings)
+        return target
 
-    def _target_of(self, settings: RequestSettings) -> Target:
-        return Target.of(settings, settings.own or self.config, self.block_size)
-
-    def _settings(self, request: Any) -> RequestSettings | None:
-        """``None`` where :meth:`_target` refuses."""
-        if request.sampling_params is None or getattr(request, "resumable", False):
-            return None
+    def _target_of(self, request: Any) -> Target:
         given = request.sampling_params.extra_args
-        try:
-            return request_settings(given, self.config, request.num_prompt_tokens)
-        except RequestError:
-            return None
+        settings = request_settings(given, self.config, request.num_prompt_tokens)
+        return Target.of(settings, settings.own or self.config, self.block_size)
 
     def report(self, request_id: str) -> dict[str, Any] | None:
         """What is kept of a request that asked to be told; ``None`` for others."""
