@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: elements that a loop over heads works on at a time: 1 MB, half of a core's second-level cache
+_CACHED = 2**18
+
 
 @dataclass(frozen=True)
 class GramStats:
@@ -61,10 +64,19 @@ def gram(x: Tensor, lengths: Tensor, stride: int = 1) -> GramStats:
     if stride < 1:
         raise ValueError(f"gram: stride must be at least 1, got {stride}")
     count = (lengths + stride - 1) // stride
-    rows, mean = _centred_rows(x[:, ::stride], count)
-    centred = torch.bmm(rows.transpose(1, 2), rows).to(torch.float64)
-    rest = rows.sum(1).to(torch.float64)  # rounding left by the shift, nearly zero
-    shift = mean.to(torch.float64)
+    x = x[:, ::stride]
+    heads, _, size = x.shape
+    centred = x.new_empty(heads, size, size, dtype=torch.float64)
+    rest, shift = x.new_empty(2, heads, size, dtype=torch.float64)
+    # A few heads at a time, into the same memory, which then stays in the cache.
+    few = max(1, _CACHED // max(1, x[0].numel())) if heads else 1
+    memory = torch.empty_like(x[:few], dtype=_accumulator(x))
+    for first in range(0, heads, few):
+        part = slice(first, first + few)
+        rows, mean = _centred_rows(x[part], count[part], memory)
+        centred[part] = torch.bmm(rows.transpose(1, 2), rows)
+        rest[part] = rows.sum(1)  # rounding left by the shift, nearly zero
+        shift[part] = mean
     mass = shift * count[:, None]
     outer = centred + _outer(shift, rest) + _outer(rest, shift) + _outer(mass, shift)
     return GramStats(outer, rest + mass, count.to(torch.int64))
@@ -88,7 +100,7 @@ def unit_norm_covariance(x: Tensor, lengths: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     _check("unit_norm_covariance", x, lengths)
-    centred, mean = _centred_rows(x, lengths)
+    centred, mean = _centred_rows(x, lengths, torch.empty_like(x, dtype=_accumulator(x)))
     norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     count = lengths.clamp_min(1)[:, None, None]
     size = torch.linalg.vector_norm(mean, dim=-1)[:, None, None] + norm.sum(1, True) / count
@@ -98,17 +110,21 @@ def unit_norm_covariance(x: Tensor, lengths: Tensor) -> Tensor:
     return _unit_trace(outer, torch.zeros_like(outer[:, 0, 0]))
 
 
-def _centred_rows(x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _centred_rows(x: Tensor, count: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Rows minus their mean, zero beyond `count`, `[H, N, d]`; and the mean, `[H, d]`.
 
-    Both in the accumulation dtype. Works in place on one copy: the passes over memory are the cost.
+    Works in place on the first H of `memory` `[>= H, N, d]`, whose dtype both have: the passes over
+    memory are the cost.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.to(dtype, copy=True)
+    rows = memory[: x.shape[0]].copy_(x)
     padded = [(head, n) for head, n in enumerate(count.tolist()) if n < x.shape[1]]
     for head, n in padded:
         rows[head, n:] = 0.0
-    mean = rows.sum(1) / count.clamp_min(1)[:, None].to(dtype)
+    mean = rows.sum(1) / count.clamp_min(1)[:, None].to(rows.dtype)
     rows -= mean[:, None]
     for head, n in padded:
         rows[head, n:] = 0.0

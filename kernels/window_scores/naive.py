@@ -49,7 +49,8 @@ def window_scores(
     valid = torch.arange(entries, device=keys.device) < lengths[:, None]  # [H, N]
     # Most entries are seen by all queries; only columns from the first other one on need a mask.
     seen = valid & (positions <= query_positions.min())
-    start = int(seen.all(0).to(torch.uint8).cumprod(0).sum())
+    plain = seen.all(0)
+    start = entries if bool(plain.all()) else int(plain.to(torch.uint8).argmin())  # the first other
     hidden = positions[:, None, start:] > query_positions[:, None]  # [H, w, entries - start]
     hidden |= ~valid[:, None, start:]
     blind = None  # [H, w], queries that see nothing

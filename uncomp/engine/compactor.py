@@ -66,6 +66,20 @@ class _Held:
 
 
 @dataclass(frozen=True)
+class _Memory:
+    """What keys are read into, layer after layer: fresh memory costs about as much as the reading.
+
+    Attributes:
+        keys: [heads, n, block_size, head_size], of one layer.
+        sampled: [_GROUP, heads, m, head_size], every few tokens of the layers of a group; m is 0 if
+            no entropy is measured.
+    """
+
+    keys: Tensor
+    sampled: Tensor
+
+
+@dataclass(frozen=True)
 class _Kept:
     """What a compaction leaves in a group of layers.
 
@@ -127,10 +141,11 @@ class Compactor:
             self.requests.extend(slot, row, math.ceil(order.num_tokens / self.block_size))
         dealt = self._sub_blocks(order)
         held = self._held(order, row)
+        memory = self._memory(order, held)
         parts = []
         for first in range(0, len(self.layers), _GROUP):
             group = slice(first, first + _GROUP)
-            parts.append(self._compact(order, group, held.part(group), queries, dealt))
+            parts.append(self._compact(order, group, held.part(group), queries, dealt, memory))
         counts = torch.cat([part.counts for part in parts])
         width = int(counts.max())
         positions = torch.cat([_pad(part.positions, width * self.block_size) for part in parts])
@@ -177,37 +192,60 @@ class Compactor:
             positions.expand(layers, self.heads, -1),
         )
 
+    def _memory(self, order: Order, held: _Held) -> _Memory:
+        _, heads, count = held.sub_blocks.shape
+        cache = self.layers[0].cache
+        size = cache.shape[3] // 2
+        is_measured = self.policy.needs_entropy and self._known_entropy(order, slice(0, 1)) is None
+        sampled = -(-count * self.block_size // self._stride(held)) if is_measured else 0
+        return _Memory(
+            cache.new_empty(heads, count, self.block_size, size),
+            cache.new_empty(_GROUP, heads, sampled, size),
+        )
+
+    def _stride(self, held: _Held) -> int:
+        """Of the tokens that the entropy is measured from."""
+        return max(1, math.ceil(held.positions.shape[2] / self.config.online_tokens))
+
     def _compact(
-        self, order: Order, group: slice, held: _Held, queries: Tensor | None, dealt: Tensor
+        self,
+        order: Order,
+        group: slice,
+        held: _Held,
+        queries: Tensor | None,
+        dealt: Tensor,
+        memory: _Memory,
     ) -> _Kept:
         start = time.perf_counter()
-        raw, entropy = self._measure(order, group, held, queries)
+        raw, entropy = self._measure(order, group, held, queries, memory)
         counts, chosen = self._choose(order, held, raw, entropy)
         seconds = time.perf_counter() - start
         positions = self._move(self.layers[group], held, counts, chosen, dealt)
         return _Kept(counts, positions, entropy, seconds)
 
     def _measure(
-        self, order: Order, group: slice, held: _Held, queries: Tensor | None
+        self, order: Order, group: slice, held: _Held, queries: Tensor | None, memory: _Memory
     ) -> tuple[Tensor, Tensor | None]:
         """Scores [layers, heads, N] and, if the policy needs them, entropies [layers, heads]."""
-        entropy = self._known_entropy(order, group)
-        stride = max(1, math.ceil(held.positions.shape[2] / self.config.online_tokens))
-        raw, sampled = [], []
+        stride = self._stride(held)
+        keys = memory.keys.flatten(1, 2)
+        sampled = memory.sampled[: len(held.lengths)]
+        raw = []
         for i, layer in enumerate(self.layers[group]):
-            keys = self.layout.keys(layer.cache, held.sub_blocks[i]).flatten(1, 2)
-            if self.policy.needs_entropy and entropy is None:
-                sampled.append(keys[:, ::stride].contiguous())
+            self.layout.keys(layer.cache, held.sub_blocks[i], memory.keys)
+            if sampled.numel():
+                sampled[i] = keys[:, ::stride]
             if self.config.relocate:
                 raw.append(torch.zeros(held.positions[i].shape))
                 continue
             own = queries[group][i] if queries is not None else None
             view = self._view(layer, order, held.lengths[i], held.positions[i], keys, own)
             raw.append(self.policy.score(view))
-        if sampled:
+        entropy = self._known_entropy(order, group)
+        if sampled.numel():
             counts = (held.lengths.flatten() + stride - 1) // stride
             # Single precision moves an entropy by 1e-7; heads differ by 1e-2.
-            covariance = gram(torch.cat(sampled), counts).covariance()
+            covariance = gram(sampled.flatten(0, 1), counts).covariance()
             eigenvalues = spectrum(covariance, torch.float32)
             measure = cast(Measure, self.config.measure)
             values = truncated_entropy(eigenvalues, self.config.truncation, measure)

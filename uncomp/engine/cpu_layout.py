@@ -49,14 +49,17 @@ class HalfLayout:
         }
         return cls(offsets, (token, channel), kinds.get((token, channel), "tiled"))
 
-    def blocks(self, flat: Tensor, sub_blocks: Tensor) -> Tensor:
-        """Whole sub-blocks: flat [n, block_size * head_size], indices [...] -> [..., block_size,
-        head_size]."""
-        shape = (*sub_blocks.shape, *self.offsets.shape)
+    def blocks(self, flat: Tensor, sub_blocks: Tensor, out: Tensor) -> None:
+        """Whole sub-blocks: flat [n, block_size * head_size], indices [...] -> out [...,
+        block_size, head_size], contiguous."""
         at = sub_blocks.flatten()
         if self.digits is None:
-            return flat.index_select(0, at)[:, self.offsets.flatten()].view(shape)
-        return self._view(flat).index_select(0, at).view(flat.dtype).view(shape)
+            found = flat.index_select(0, at)
+            torch.index_select(found, 1, self.offsets.flatten(), out=out.view(found.shape))
+            return
+        view = self._view(flat)
+        shape = (at.shape[0], *view.shape[1:])
+        torch.index_select(view, 0, at, out=out.flatten().view(view.dtype).view(shape))
 
     def rows(self, flat: Tensor, sub_blocks: Tensor, slots: Tensor) -> Tensor:
         """Single tokens: flat [n, block_size * head_size], indices [...] -> [..., head_size]."""
@@ -113,9 +116,9 @@ class CacheLayout:
         blocks, heads, block_size, width = cache.shape
         return cache.view(blocks * heads, 2, block_size * width // 2)
 
-    def keys(self, cache: Tensor, sub_blocks: Tensor) -> Tensor:
-        """Keys of sub-blocks [...] -> [..., block_size, head_size] (a copy)."""
-        return self.key.blocks(self.halves(cache)[:, 0], sub_blocks)
+    def keys(self, cache: Tensor, sub_blocks: Tensor, out: Tensor) -> None:
+        """Copies the keys of sub-blocks [...] to out [..., block_size, head_size], contiguous."""
+        self.key.blocks(self.halves(cache)[:, 0], sub_blocks, out)
 
     def at(self, cache: Tensor, sub_blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of single tokens, indices [...] -> twice [..., head_size] (copies)."""
