@@ -44,7 +44,8 @@ class Method:
         if self.full:
             return {"kv_compress": "false"}
         # Said even where it is the default: the engine's own may be those of another method.
-        rest: dict[str, Any] = {"window": UncompConfig(keep=1.0).window}
+        own = PRESETS.get(self.settings.get("policy", ""), {})
+        rest: dict[str, Any] = {"window": own.get("window", UncompConfig(keep=1.0).window)}
         if not self.calibrated:
             rest["calibration"] = None
         rest |= {name: value for name, value in self.settings.items() if name != "policy"}
@@ -58,6 +59,10 @@ class Method:
     def config(self, keep: float = 1.0, **others: Any) -> UncompConfig:
         """The configuration object of an engine that serves only this method."""
         return UncompConfig.from_mapping({"keep": keep, **self.settings, **others})
+
+
+#: how SnapKV scores: the sum over its window, the best of a token's neighbours; wider pooling
+_SNAPKV = {"window": 8, "window_reduce": "sum", "pooling": 15, "pooling_kind": "max"}
 
 
 def _entropy(name: str, about: str, **settings: Any) -> Method:
@@ -80,21 +85,24 @@ METHODS: dict[str, Method] = {
             "first and last tokens (StreamingLLM, Xiao et al. 2024)",
             {"policy": "streaming"},
         ),
+        Method("uncomp", "the default of this project", {"policy": UncompConfig(keep=1.0).policy}),
+        Method("uniform", "the default's scores, equal budgets", {"policy": "uniform"}),
         Method(
             "snapkv",
-            "attention of the last queries, equal budgets (SnapKV, Li et al. 2024), with this "
-            "project's pooling",
-            {"policy": "uniform"},
+            "attention of the last queries, equal budgets (SnapKV, Li et al. 2024), with a wider "
+            "pooling of 15",
+            {"policy": "uniform", **_SNAPKV},
         ),
         Method(
             "snapkv-paper",
             "SnapKV with its published pooling width of 7 and window of 32",
-            {"policy": "uniform", "pooling": 7, "window": 32, "sinks": 0},
+            {"policy": "uniform", **_SNAPKV, "pooling": 7, "window": 32, "sinks": 0},
         ),
         Method(
             "adakv",
-            "SnapKV's scores, shares dealt by score within a layer (Ada-KV, Feng et al. 2024)",
-            {"policy": "adakv"},
+            "SnapKV's scores as above, shares dealt by score within a layer (Ada-KV, Feng et al. "
+            "2024)",
+            {"policy": "adakv", **_SNAPKV},
         ),
         Method("key-norm", "smallest keys (Devoto et al. 2024)", {"policy": "key_norm"}),
         Method(
@@ -102,7 +110,10 @@ METHODS: dict[str, Method] = {
             "keys least like the mean key (KeyDiff, Park et al. 2025)",
             {"policy": "key_difference"},
         ),
-        _entropy("entropy", "shares by renormalised truncated entropy of the prompt's keys"),
+        _entropy(
+            "entropy",
+            "the default's scores, shares by renormalised truncated entropy of the prompt's keys",
+        ),
         _entropy("entropy-raw", "shares by raw truncated entropy", measure="raw"),
         _entropy("entropy-full", "shares by full entropy", measure="full"),
         _entropy("entropy-reversed", "control: high entropy keeps less", reverse=True),

@@ -12,8 +12,9 @@ from uncomp.config import MEASURES, OVERRIDES, PRESETS, SOURCES, UncompConfig
 
 def test_defaults() -> None:
     config = UncompConfig(keep=0.25)
-    assert (config.policy, config.policy_name, config.uses_entropy) == ("entropy", "entropy", True)
-    assert (config.window, config.sinks, config.pooling) == (8, 4, 15)
+    assert (config.policy, config.policy_name, config.uses_entropy) == ("adakv", "adakv", False)
+    assert (config.window, config.window_reduce, config.sinks) == (32, "max", 4)
+    assert (config.pooling, config.pooling_kind) == (16, "ema")
     assert config.to_dict() == {"keep": 0.25}
 
 
@@ -33,7 +34,7 @@ def test_is_immutable() -> None:
         ({"keep": float("nan")}, "keep=nan"),
         ({"keep": "0.5"}, r"keep='0.5': must be of type float \| None"),
         ({"keep": True}, "keep=True: must be of type"),
-        ({"budget": 11}, r"budget=11: must be at least 12 \(window \+ sinks"),
+        ({"budget": 35}, r"budget=35: must be at least 36 \(window \+ sinks"),
         ({"budget": 100.0}, r"budget=100.0: must be of type int \| None"),
         ({"budget": True}, "budget=True"),
         ({"keep": 0.5, "window": 0}, "window=0: must be between 1 and 256"),
@@ -41,7 +42,9 @@ def test_is_immutable() -> None:
         ({"keep": 0.5, "window": None}, "window=None: must be of type int"),
         ({"keep": 0.5, "sinks": -1}, "sinks=-1: must be at least 0"),
         ({"keep": 0.5, "pooling": 0}, "pooling=0: must be at least 1"),
-        ({"keep": 0.5, "pooling": 4}, "pooling=4: must be odd"),
+        ({"keep": 0.5, "pooling": 4, "pooling_kind": "max"}, "pooling=4: must be odd"),
+        ({"keep": 0.5, "pooling_kind": "mean"}, r"pooling_kind='mean': must be one of"),
+        ({"keep": 0.5, "window_reduce": "mean"}, r"window_reduce='mean': must be one of"),
         ({"keep": 0.5, "groups": 0}, "groups=0"),
         ({"keep": 0.5, "ratio": 0.5}, "ratio=0.5: must be at least 1 .use reverse to flip"),
         ({"keep": 0.5, "ratio": float("nan")}, "ratio=nan"),
@@ -57,7 +60,10 @@ def test_is_immutable() -> None:
         ({"keep": 0.5, "overrides": "maybe"}, "overrides='maybe'"),
         ({"keep": 0.5, "policy": "entropi"}, "policy='entropi': must be one of .*uncomp-v1"),
         ({"keep": 0.5, "policy": None}, "policy=None"),
-        ({"keep": 0.5, "source": "queries"}, "needs a calibration file: run `uncomp calibrate"),
+        (
+            {"keep": 0.5, "policy": "entropy", "source": "queries"},
+            "needs a calibration file: run `uncomp calibrate",
+        ),
         ({"keep": 0.5, "policy": "uncomp-v1"}, "needs a calibration file"),
         ({"keep": 0.5, "policy": ["entropy"]}, r"policy=\['entropy'\]: must be of type str"),
     ],

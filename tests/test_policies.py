@@ -1,5 +1,6 @@
 """Policies: the registry, what each one prefers, how each one deals."""
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from uncomp import policies
 from uncomp.kernels.select import max_pool
 from uncomp.kernels.window_scores import window_scores
 from uncomp.policies import LayerView, registry
+from uncomp.policies.adakv import _bisected, _ranked
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -65,7 +67,9 @@ class TestRegistry:
             policies.get("snapkv")
 
     def test_unknown_setting_lists_the_allowed_ones(self):
-        with pytest.raises(ValueError, match="'group'; allowed: reduce, groups, ratio, reverse"):
+        with pytest.raises(
+            ValueError, match="'group'; allowed: reduce, over, groups, ratio, reverse"
+        ):
             policies.get("entropy", group=3)
         with pytest.raises(ValueError, match="'seed'; allowed: none"):
             policies.get("streaming", seed=3)
@@ -135,7 +139,7 @@ class TestScores:
     @pytest.mark.parametrize("name", ["adakv", "entropy", "uniform"])
     def test_attention_policies_use_the_window_scores(self, name):
         view = make_view(softcap=3.0)
-        for reduce in ("sum", "max"):
+        for reduce, over in itertools.product(("sum", "max"), repeat=2):
             expected = window_scores(
                 view.queries,
                 view.keys,
@@ -145,8 +149,9 @@ class TestScores:
                 view.scale,
                 3.0,
                 reduce,
+                over,
             )
-            assert policies.get(name, reduce=reduce).score(view).equal(expected)
+            assert policies.get(name, reduce=reduce, over=over).score(view).equal(expected)
         with pytest.raises(ValueError, match=f"'{name}' needs the queries of layer 4"):
             policies.get(name).score(replace(view, queries=None))
 
@@ -269,3 +274,20 @@ def test_every_policy_deals_exactly_and_within_bounds(name, bounds, extra, seed)
     assert result.dtype == torch.int64
     assert int(result.sum()) == min(total, int(maximum.sum()))
     assert ((minimum <= result) & (result <= maximum)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ranked_is_a_place_in_the_sorted_row(rows):
+    """On the host, and bit by bit as on a device; infinities, ties and both zeros included."""
+    torch.manual_seed(rows)
+    for width in (1, 2, 17, 60):
+        score = torch.randn(rows, 2, width)
+        score[torch.rand(score.shape) < 0.3] = 0.0
+        score[torch.rand(score.shape) < 0.1] = -0.0
+        score[torch.rand(score.shape) < 0.1] = float("-inf")
+        score[torch.rand(score.shape) < 0.1] = float("inf")
+        rank = torch.randint(1, width + 1, (rows, 2))
+        ordered = score.sort(-1, descending=True).values
+        expected = ordered.gather(-1, rank.unsqueeze(-1) - 1).squeeze(-1)
+        assert (_ranked(score, rank) == expected).all()
+        assert (_bisected(score, rank) == expected).all()

@@ -8,7 +8,7 @@ from uncomp.config import UncompConfig
 from uncomp.request import RequestError, request_settings
 from uncomp.request_policy import SETTABLE, own_config
 
-SERVER = UncompConfig(keep=0.25, window=16, pooling=9)
+SERVER = UncompConfig(keep=0.25, policy="entropy", window=16, pooling=9)
 
 
 def own(server: UncompConfig = SERVER, **given: Any) -> UncompConfig | None:
@@ -28,11 +28,13 @@ def test_policy_keeps_the_servers_other_settings() -> None:
 
 @pytest.mark.parametrize("settings", [{"pooling": 7, "window": 8}, '{"pooling": 7, "window": 8}'])
 def test_settings_as_object_or_text(settings: Any) -> None:
-    assert own(kv_settings=settings) == UncompConfig(keep=0.25, window=8, pooling=7)
+    assert own(kv_settings=settings) == UncompConfig(
+        keep=0.25, policy="entropy", window=8, pooling=7
+    )
 
 
 def test_preset_fills_in_and_leaves_the_budget_to_the_request(tmp_path: Any) -> None:
-    server = UncompConfig(keep=0.25, calibration=str(tmp_path / "any.json"))
+    server = UncompConfig(keep=0.25, policy="entropy", calibration=str(tmp_path / "any.json"))
     found = own(server, kv_policy="uncomp-v1", kv_keep=0.5)
     assert found is not None
     assert (found.groups, found.measure, found.source, found.sinks) == (2, "raw", "queries", 0)
@@ -41,7 +43,7 @@ def test_preset_fills_in_and_leaves_the_budget_to_the_request(tmp_path: Any) -> 
 
 
 def test_calibrated_server_can_be_asked_for_entropies_of_the_prompt(tmp_path: Any) -> None:
-    server = UncompConfig(keep=0.25, calibration=str(tmp_path / "any.json"))
+    server = UncompConfig(keep=0.25, policy="entropy", calibration=str(tmp_path / "any.json"))
     found = own(server, kv_settings={"calibration": None})
     assert found is not None
     assert found.calibration is None
@@ -55,7 +57,7 @@ def test_calibrated_server_can_be_asked_for_entropies_of_the_prompt(tmp_path: An
         ({"kv_policy": "uncomp-v1"}, "needs a calibration file"),
         ({"kv_settings": "pooling=7"}, "is not JSON"),
         ({"kv_settings": "[7]"}, "must be an object"),
-        ({"kv_settings": {"pooling": 8}}, "must be odd"),
+        ({"kv_settings": {"pooling": 8, "pooling_kind": "max"}}, "must be odd"),
         ({"kv_settings": {"window": 17}}, "--kv-window 17"),
         ({"kv_settings": {"trace": "/tmp"}}, "unknown setting ['trace']; allowed: ['window'"),
         ({"kv_settings": {"calibration": "/etc/passwd"}}, "can only be null"),

@@ -13,12 +13,22 @@ from typing import Any
 
 MEASURES = ("raw", "renormalized", "full")
 SOURCES = ("keys", "queries")
+REDUCTIONS = ("sum", "max")
+POOLINGS = ("max", "ema")
 OVERRIDES = ("allow", "tighten", "forbid")
 
 #: Published settings (method: UNComp). ``from_mapping`` fills them in where nothing is given.
 #: Both rank heads by the raw truncated entropy of their *queries*, which needs a calibration file,
 #: score with a max-pool of 7, and force no first tokens.
-_PUBLISHED = {"pooling": 7, "sinks": 0, "measure": "raw", "source": "queries"}
+_PUBLISHED = {
+    "window": 8,
+    "window_reduce": "sum",
+    "pooling": 7,
+    "pooling_kind": "max",
+    "sinks": 0,
+    "measure": "raw",
+    "source": "queries",
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # two groups with budgets 512 and 256
     "uncomp-v1": {**_PUBLISHED, "groups": 2, "ratio": 2.0, "budget": 384},
@@ -50,15 +60,26 @@ class UncompConfig:
         ),
     )
     policy: str = field(
-        default="entropy",
+        default="adakv",
         metadata=_meta("what decides scores and shares (uncomp.policies), or a preset"),
     )
     window: int = field(
-        default=8, metadata=_meta("last queries that score the tokens; their own tokens stay")
+        default=32, metadata=_meta("last queries that score the tokens; their own tokens stay")
+    )
+    window_reduce: str = field(
+        default="max", metadata=_meta("how the scores of the queries of the window combine")
     )
     sinks: int = field(default=4, metadata=_meta("first tokens that always stay"))
     pooling: int = field(
-        default=15, metadata=_meta("width of the max-pool over the scores (odd; 1 = none)")
+        default=16,
+        metadata=_meta("how far a score reaches, in tokens; see pooling_kind"),
+    )
+    pooling_kind: str = field(
+        default="ema",
+        metadata=_meta(
+            "ema: a score reaches the tokens after it, falling by e every `pooling` of them, and "
+            "those before it half as far; max: the largest of `pooling` neighbours (odd; 1: none)"
+        ),
     )
     reduce: str = field(
         default="sum", metadata=_meta("how scores of query heads that share a KV head combine")
@@ -134,13 +155,18 @@ class UncompConfig:
         self._check_range("online_tokens", self.online_tokens, 64)
         self._check_range("min_tokens", self.min_tokens, 1)
         self._check_range("recompact_every", self.recompact_every, 0)
-        if self.pooling % 2 == 0:
-            raise ValueError(f"pooling={self.pooling}: must be odd, so that it has a centre")
+        self._check_choice("pooling_kind", self.pooling_kind, POOLINGS)
+        if self.pooling_kind == "max" and self.pooling % 2 == 0:
+            raise ValueError(
+                f"pooling={self.pooling}: must be odd with pooling_kind='max', so that it has a "
+                f"centre"
+            )
         if not self.ratio >= 1:
             raise ValueError(f"ratio={self.ratio}: must be at least 1 (use reverse to flip)")
         if not 0 <= self.min_keep <= 1:
             raise ValueError(f"min_keep={self.min_keep}: must be in [0, 1]")
-        self._check_choice("reduce", self.reduce, ("sum", "max"))
+        self._check_choice("reduce", self.reduce, REDUCTIONS)
+        self._check_choice("window_reduce", self.window_reduce, REDUCTIONS)
         self._check_choice("measure", self.measure, MEASURES)
         self._check_choice("source", self.source, SOURCES)
         self._check_choice("overrides", self.overrides, OVERRIDES)

@@ -16,8 +16,10 @@ from uncomp.config import PRESETS, UncompConfig
 #: What a request may set. Not: files of the server, self-checks, and what bounds requests.
 SETTABLE = (
     "window",
+    "window_reduce",
     "sinks",
     "pooling",
+    "pooling_kind",
     "reduce",
     "groups",
     "ratio",

@@ -51,7 +51,7 @@ class Plan:
     lengths: tuple[int, ...] = (4096,)
     samples: int = 20
     seed: int = 0
-    methods: tuple[str, ...] = ("snapkv", "adakv", "entropy", "streaming", "random")
+    methods: tuple[str, ...] = ("uncomp", "snapkv", "adakv", "streaming", "random")
     custom: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     keeps: tuple[float, ...] = KEEPS
     chat: bool = True

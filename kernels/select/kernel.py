@@ -98,6 +98,44 @@ def pool_kernel(
     tl.store(out_ptr + entry, best, mask=entry < n)
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "window"])
+def ema_kernel(
+    raw_ptr, out_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr,
+    num_rows, num_slots, entries, window,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, AFTER: tl.constexpr, BEFORE: tl.constexpr,
+    AFTER_RATE: tl.constexpr, BEFORE_RATE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Exponential moving average to both sides. Grid (L R H, tiles of entries).
+
+    A score reaches AFTER entries on and BEFORE back, its own included; rates are binary logarithms
+    a step. What is farther away, and smaller, is added first.
+    """
+    _layer, _row, _head, _count, _offset, _first, _full, _length, n = head_of_program(
+        lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, num_rows, num_slots,
+        HEADS, BLOCK_SIZE,
+    )  # fmt: skip
+    start = tl.program_id(1) * TILE
+    if start >= n:
+        return
+    n = tl.minimum(n, entries)
+    limit = n - window
+    entry = start + tl.arange(0, TILE)
+    raw_ptr += tl.program_id(0).to(tl.int64) * entries
+    out_ptr += tl.program_id(0).to(tl.int64) * entries
+    total = tl.zeros((TILE,), tl.float32)
+    for step in range(1, BEFORE):
+        near = entry + BEFORE - step
+        score = tl.load(raw_ptr + near, mask=near < limit, other=0.0)
+        total += score * tl.exp2(BEFORE_RATE * (entry - near).to(tl.float32))
+    ahead = tl.zeros((TILE,), tl.float32)
+    for step in range(1, AFTER + 1):
+        near = entry - AFTER + step
+        score = tl.load(raw_ptr + near, mask=(near >= 0) & (near < limit), other=0.0)
+        ahead += score * tl.exp2(AFTER_RATE * (near - entry).to(tl.float32))
+    total = tl.where(entry < limit, total + ahead, float("-inf"))
+    tl.store(out_ptr + entry, total, mask=entry < n)
+
+
 @triton.jit
 def order_key(score):
     """int32 of the same order as the float32 score; NaN as -inf, -0 as 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from uncomp.kernels.paged import Holdings, Rows
 from uncomp.kernels.variant import Config
 
-from .kernel import choose_kernel, limits_kernel, pool_kernel
+from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel
+from .naive import POOLINGS, Pooling, before_length, reach
 
 #: entries of a step of `limits` and `choose`; the first is the default, the others are timed by
 #: the GPU benchmark
@@ -101,25 +103,30 @@ def limits(
     return eligible, forced
 
 
-def pool(raw: Tensor, terms: Terms, width: int, out: Tensor) -> Tensor:
-    """`naive.max_pool` with the recent window left out.
+def pool(raw: Tensor, terms: Terms, width: int, out: Tensor, kind: Pooling = "max") -> Tensor:
+    """`naive.pool_scores` with the recent window left out.
 
     Args:
         raw: `[L, R, H, N]` float32, contiguous; N at least the entries of the longest head.
-        width: odd number of entries, 1 only leaves out the window.
+        width: "max": odd number of entries, 1 only leaves out the window; "ema": the length.
         out: like `raw`, another tensor; entries of a head are written (-inf in the window),
             nothing beyond them is.
+        kind: "max" or "ema".
 
     Returns:
         `out`. A neighbourhood with NaN is NaN.
 
     Raises:
-        ValueError: `width` not a positive odd number, `out` the same memory as `raw`, or shapes,
-            dtypes or devices that do not fit.
+        ValueError: `width` not a positive odd number ("ema": below 1), an unknown kind, `out` the
+            same memory as `raw`, or shapes, dtypes or devices that do not fit.
     """
     name = "pool"
-    if width < 1 or width % 2 == 0:
-        raise ValueError(f"{name}: width must be a positive odd number, got {width}")
+    if kind not in POOLINGS:
+        raise ValueError(f"{name}: kind must be one of {list(POOLINGS)}, got {kind!r}")
+    if width < 1 or (kind == "max" and width % 2 == 0):
+        raise ValueError(
+            f"{name}: width must be a positive {'odd ' if kind == 'max' else ''}number, got {width}"
+        )
     _check_terms(name, terms)
     _check_scores(name, terms, {"raw": raw, "out": out})
     if raw.numel() == 0:
@@ -129,13 +136,25 @@ def pool(raw: Tensor, terms: Terms, width: int, out: Tensor) -> Tensor:
     config = POOL_CONFIGS[0]
     rows, holdings, entries = terms.rows, terms.holdings, raw.shape[3]
     layers, requests, heads = terms.shape
-    pool_kernel[(layers * requests * heads, triton.cdiv(entries, config.meta["TILE"]))](
-        raw, out, rows.lengths, rows.slots, holdings.counts, holdings.offsets, holdings.spans,
-        requests, holdings.slots, entries, terms.window,
-        HEADS=heads, BLOCK_SIZE=terms.block_size, WIDTH=width, **config.meta,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    grid = (layers * requests * heads, triton.cdiv(entries, config.meta["TILE"]))
+    table = (rows.lengths, rows.slots, holdings.counts, holdings.offsets, holdings.spans)
+    numbers = (requests, holdings.slots, entries, terms.window)
+    constants = {"HEADS": heads, "BLOCK_SIZE": terms.block_size, **config.meta}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if kind == "max":
+        pool_kernel[grid](raw, out, *table, *numbers, WIDTH=width, **constants, **options)
+    else:
+        ema_kernel[grid](raw, out, *table, *numbers, **ema_constants(width), **constants, **options)
     return out
+
+
+def ema_constants(length: int) -> dict[str, int | float]:
+    """What `ema_kernel` is compiled for."""
+    before = before_length(length)
+    return {
+        "AFTER": reach(length), "AFTER_RATE": math.log2(math.e) / length,
+        "BEFORE": reach(before), "BEFORE_RATE": math.log2(math.e) / before,
+    }  # fmt: skip
 
 
 def choose(

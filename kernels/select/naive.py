@@ -1,11 +1,28 @@
 """Torch reference of the choice of cache entries."""
 
+import math
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LOWEST = float("-inf")
+
+Pooling = Literal["max", "ema"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+
+def pool_scores(raw: Tensor, width: int, kind: Pooling, limit: Tensor | None = None) -> Tensor:
+    """How a score reaches the entries around it: `max_pool`, or `ema_pool` with this length.
+
+    Raises:
+        ValueError: an unknown kind, and what these two reject.
+    """
+    if kind not in POOLINGS:
+        raise ValueError(f"pool_scores: kind must be one of {list(POOLINGS)}, got {kind!r}")
+    return max_pool(raw, width, limit) if kind == "max" else ema_pool(raw, width, limit)
 
 
 def max_pool(raw: Tensor, width: int, limit: Tensor | None = None) -> Tensor:
@@ -24,17 +41,79 @@ def max_pool(raw: Tensor, width: int, limit: Tensor | None = None) -> Tensor:
     """
     if width < 1 or width % 2 == 0:
         raise ValueError(f"max_pool: width must be a positive odd number, got {width}")
-    if raw.dim() != 2 or (limit is not None and tuple(limit.shape) != (raw.shape[0],)):
-        given = None if limit is None else list(limit.shape)
-        raise ValueError(f"max_pool needs raw [H, N] and limit [H], got {list(raw.shape)}, {given}")
-    inside = None
-    if limit is not None:
-        inside = torch.arange(raw.shape[1], device=raw.device) < limit[:, None]
+    inside = _inside("max_pool", raw, limit)
+    if inside is not None:
         raw = raw.masked_fill(~inside, LOWEST)
     if width == 1 or raw.numel() == 0:
         return raw
     pooled = F.max_pool1d(raw, width, stride=1, padding=width // 2)
     return pooled if inside is None else pooled.masked_fill(~inside, LOWEST)
+
+
+def ema_pool(raw: Tensor, length: int, limit: Tensor | None = None) -> Tensor:
+    """Exponential moving average to both sides, twice as far to the entries after a score.
+
+    The window's queries find where something begins (a name, the word before a number); what has
+    to be said stands after it, and what is named after its value a little before it. So the score
+    of entry i reaches entry j with the weight exp(-(j - i) / length) for j >= i and
+    exp(-(i - j) / before), before = max(1, length / 2), otherwise. Not divided by the sum of the
+    weights, because only the order counts.
+
+    Weights end where they are below exp(-4): of `reach(length)` entries, the own one included, and
+    of `reach(before)`.
+
+    Args:
+        raw: `[H, N]` float scores; may be anything, NaN included, from `limit` on.
+        length: entries after which a score has fallen by e, at least 1.
+        limit: `[H]` int64; only entries below `limit[h]` take part. None: all.
+
+    Returns:
+        `[H, N]`, dtype of `raw`; -inf from `limit` on.
+
+    Raises:
+        ValueError: `length` below 1, or shapes that do not fit.
+    """
+    if length < 1:
+        raise ValueError(f"ema_pool: length must be at least 1, got {length}")
+    inside = _inside("ema_pool", raw, limit)
+    if raw.numel() == 0:
+        return raw
+    if inside is not None:
+        raw = raw.masked_fill(~inside, 0.0)
+    after = _trail(raw, length)
+    before = _trail(raw.flip(1), before_length(length)).flip(1)
+    pooled = after + before - raw
+    return pooled if inside is None else pooled.masked_fill(~inside, LOWEST)
+
+
+def before_length(length: int) -> float:
+    """Entries before which a score has fallen by e, see `ema_pool`."""
+    return max(1.0, length / 2)
+
+
+def reach(length: float) -> int:
+    """Entries that a score reaches to one side, its own included: a power of two."""
+    return 1 << math.ceil(math.log2(4 * length))
+
+
+def _trail(raw: Tensor, length: float) -> Tensor:
+    """Sum over t < reach(length) of exp(-t / length) times the score t entries before."""
+    out, step = raw, 1
+    while step < reach(length):  # what 1, 2, 4, ... entries have summed up so far
+        moved = F.pad(out[:, :-step], (step, 0)) if step < raw.shape[1] else torch.zeros_like(out)
+        out = out + moved * math.exp(-step / length)
+        step *= 2
+    return out
+
+
+def _inside(name: str, raw: Tensor, limit: Tensor | None) -> Tensor | None:
+    """`[H, N]` bool, which entries take part; None: all."""
+    if raw.dim() != 2 or (limit is not None and tuple(limit.shape) != (raw.shape[0],)):
+        given = None if limit is None else list(limit.shape)
+        raise ValueError(f"{name} needs raw [H, N] and limit [H], got {list(raw.shape)}, {given}")
+    if limit is None:
+        return None
+    return torch.arange(raw.shape[1], device=raw.device) < limit[:, None]
 
 
 def top_entries(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from uncomp.kernels.variant import Config, Variant
 
-from .kernel import choose_kernel, limits_kernel, pool_kernel
-from .launch import CONFIGS, POOL_CONFIGS
+from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel
+from .launch import CONFIGS, POOL_CONFIGS, ema_constants
 
 _HELD = dict.fromkeys(
     ("lengths_ptr", "slots_ptr", "counts_ptr", "offsets_ptr", "spans_ptr"), "*i32"
@@ -33,15 +33,22 @@ def _limits(config: Config, heads: int = 8, block_size: int = 16) -> Variant:
     )  # fmt: skip
 
 
+_POOLED = {
+    **_HELD,
+    **_SCORES,
+    "out_ptr": "*fp32",
+    **dict.fromkeys(("num_rows", "num_slots", "window"), "i32"),
+}
+
+
 def _pool(width: int) -> Variant:
-    integers = dict.fromkeys(("num_rows", "num_slots", "window"), "i32")
-    return Variant(
-        f"pool width={width}",
-        pool_kernel,
-        {**_HELD, **_SCORES, "out_ptr": "*fp32", **integers},
-        {**_constants(8, 16), "WIDTH": width},
-        POOL_CONFIGS[0],
-    )
+    constants = {**_constants(8, 16), "WIDTH": width}
+    return Variant(f"pool width={width}", pool_kernel, _POOLED, constants, POOL_CONFIGS[0])
+
+
+def _ema(length: int) -> Variant:
+    constants = {**_constants(8, 16), **ema_constants(length)}
+    return Variant(f"ema length={length}", ema_kernel, _POOLED, constants, POOL_CONFIGS[0])
 
 
 def _choose(config: Config, heads: int = 8, block_size: int = 16) -> Variant:
@@ -63,6 +70,7 @@ VARIANTS: list[Variant] = [
     _limits(CONFIGS[0], heads=5, block_size=64),
     _pool(1),
     _pool(7),
+    _ema(16),
     *(_choose(config) for config in CONFIGS),
     _choose(CONFIGS[0], heads=5, block_size=64),
 ]

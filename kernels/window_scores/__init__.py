@@ -1,5 +1,5 @@
 """Importance of cache entries: attention mass they receive from the last queries."""
 
-from .naive import Reduce, window_scores
+from .naive import Over, Reduce, window_scores
 
-__all__ = ["Reduce", "window_scores"]
+__all__ = ["Over", "Reduce", "window_scores"]

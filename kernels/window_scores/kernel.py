@@ -158,10 +158,14 @@ def combine_kernel(
 
 
 @triton.jit
-def group_scores(p, WINDOW_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Largest, over the whole query heads in a tile, of the sum over their window."""
+def group_scores(
+    p, WINDOW_TILE: tl.constexpr, MAXIMUM: tl.constexpr, OVER_MAX: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sum or maximum, over the query heads in a tile, of the sum or maximum of the window."""
     heads = tl.reshape(p, (ROWS // WINDOW_TILE, WINDOW_TILE, BLOCK_N))
-    return tl.max(tl.sum(heads, 1), 0)
+    each = tl.max(heads, 1) if OVER_MAX else tl.sum(heads, 1)
+    return tl.max(each, 0) if MAXIMUM else tl.sum(each, 0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -174,9 +178,10 @@ def scores_kernel(
     STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW_TILE: tl.constexpr, CAPPED: tl.constexpr,
-    MAXIMUM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    MAXIMUM: tl.constexpr, OVER_MAX: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2: probabilities, summed over the window and reduced over the group.
+    """Pass 2: probabilities, reduced over the window and then over the group.
 
     Grid (L R H, chunks). Writes `out[lrh, entry]` below the head's entries.
     """
@@ -217,7 +222,10 @@ def scores_kernel(
         if TILES == 1:
             x = logit_tile(queries, keys, step, entry, n, window, factor, cap, CAPPED)
             p = tl.exp2(x - normal[:, None])
-            score = group_scores(p, WINDOW_TILE, ROWS, BLOCK_N) if MAXIMUM else tl.sum(p, 0)
+            if MAXIMUM or OVER_MAX:
+                score = group_scores(p, WINDOW_TILE, MAXIMUM, OVER_MAX, ROWS, BLOCK_N)
+            else:
+                score = tl.sum(p, 0)
         else:
             score = tl.zeros((BLOCK_N,), tl.float32)
             member_score = tl.zeros((BLOCK_N,), tl.float32)
@@ -229,12 +237,20 @@ def scores_kernel(
                 normal = tl.load(normal_ptr + number, mask=real, other=float("inf"))
                 x = logit_tile(queries, keys, step, entry, n, window, factor, cap, CAPPED)
                 p = tl.exp2(x - normal[:, None])
-                if not MAXIMUM:
+                if not (MAXIMUM or OVER_MAX):
                     score += tl.sum(p, 0)
                 elif TILES_PER_HEAD == 1:
-                    score = tl.maximum(score, group_scores(p, WINDOW_TILE, ROWS, BLOCK_N))
+                    part = group_scores(p, WINDOW_TILE, MAXIMUM, OVER_MAX, ROWS, BLOCK_N)
+                    score = tl.maximum(score, part) if MAXIMUM else score + part
                 else:
                     member_score = tl.where(tile % TILES_PER_HEAD == 0, 0.0, member_score)
-                    member_score += tl.sum(p, 0)
-                    score = tl.maximum(score, member_score)  # grows until the head is complete
+                    if OVER_MAX:
+                        member_score = tl.maximum(member_score, tl.max(p, 0))
+                    else:
+                        member_score += tl.sum(p, 0)
+                    if MAXIMUM:
+                        score = tl.maximum(score, member_score)  # grows until the head is complete
+                    else:
+                        is_last = tile % TILES_PER_HEAD == TILES_PER_HEAD - 1
+                        score += tl.where(is_last, member_score, 0.0)
         tl.store(out_ptr + entry, score, mask=(entry < n) & (entry < entries))

@@ -12,7 +12,7 @@ from uncomp.kernels.paged.types import CACHE_TYPES
 from uncomp.kernels.variant import Config
 
 from .kernel import combine_kernel, partial_kernel, scores_kernel
-from .naive import Reduce
+from .naive import Over, Reduce
 
 #: CHUNK: entries of one program. The first two are defaults (see `pick`), the others are timed by
 #: the GPU benchmark. Keys are reached through block ids, two dependent loads: up to 4 stages keep
@@ -63,6 +63,7 @@ def window_scores_paged(
     out: Tensor,
     workspace: Tensor | None = None,
     config: Config | None = None,
+    over: Over = "sum",
 ) -> Tensor:
     """`naive.window_scores` of everything that these requests hold, three launches in all.
 
@@ -82,15 +83,20 @@ def window_scores_paged(
         workspace: float32, at least `workspace_size(L, R, H * G, w, N, config)` elements; None
             allocates. Need not be cleared.
         config: tiling; None means `pick`.
+        over: "sum" or "max" over the window of a query head.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: shapes, dtypes, strides or devices that do not fit, or an unknown `reduce`.
+        ValueError: shapes, dtypes, strides or devices that do not fit, or an unknown `reduce` or
+            `over`.
     """
     _check_paged(caches, rows, holdings)
-    _check(caches, rows, queries, scale, softcap, reduce, out)
+    _check(caches, rows, queries, scale, softcap, out)
+    for what, value in (("reduce", reduce), ("over", over)):
+        if value not in ("sum", "max"):
+            raise ValueError(f"window_scores_paged: {what} must be 'sum' or 'max', got {value!r}")
     layers, requests, window, query_heads, size = queries.shape
     heads, entries, group = caches.heads, out.shape[3], query_heads // caches.heads
     if out.numel() == 0:
@@ -127,7 +133,7 @@ def window_scores_paged(
     )  # fmt: skip
     scores_kernel[(programs, chunks)](
         *cached, *logits, normal, out, requests, holdings.slots, window, entries, *strides,
-        **constants, MAXIMUM=reduce == "max", **launch,
+        **constants, MAXIMUM=reduce == "max", OVER_MAX=over == "max", **launch,
     )  # fmt: skip
     return out
 
@@ -193,7 +199,6 @@ def _check(
     queries: Tensor,
     scale: Tensor,
     softcap: Tensor | None,
-    reduce: str,
     out: Tensor,
 ) -> None:
     name = "window_scores_paged"
@@ -225,5 +230,3 @@ def _check(
         )
     if out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"{name}: out must be contiguous float32, got {out.dtype}")
-    if reduce not in ("sum", "max"):
-        raise ValueError(f"{name}: reduce must be 'sum' or 'max', got {reduce!r}")

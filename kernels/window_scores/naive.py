@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 Reduce = Literal["sum", "max"]
+Over = Literal["sum", "max"]
 
 
 def window_scores(
@@ -17,11 +18,12 @@ def window_scores(
     scale: float,
     softcap: float = 0.0,
     reduce: Reduce = "sum",
+    over: Over = "sum",
 ) -> Tensor:
     """Attention probability every cache entry receives from the last w queries.
 
     A query at position p sees the valid entries whose position is at most p. Probabilities are
-    summed over the window and then reduced over the G query heads that share a KV head.
+    reduced over the window and then over the G query heads that share a KV head.
 
     Args:
         queries: `[H, G, w, d]`, after RoPE.
@@ -32,14 +34,19 @@ def window_scores(
         scale: factor on the logits, usually `d ** -0.5`.
         softcap: logits become `softcap * tanh(logits / softcap)`; 0 switches it off.
         reduce: "sum" or "max" over the query heads of a KV head.
+        over: "sum" (SnapKV) or "max" over the window. One query that looks for a token is reason
+            enough to keep it, however many others do not.
 
     Returns:
         `[H, N]` float32 (float64 for float64 inputs), non-negative; 0 beyond `lengths`.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown `reduce`.
+        ValueError: shapes that do not fit, or an unknown `reduce` or `over`.
     """
-    _check(queries, keys, lengths, positions, query_positions, reduce)
+    _check(queries, keys, lengths, positions, query_positions)
+    for name, value in (("reduce", reduce), ("over", over)):
+        if value not in ("sum", "max"):
+            raise ValueError(f"window_scores: {name} must be 'sum' or 'max', got {value!r}")
     heads, group, window, size = queries.shape
     entries = keys.shape[1]
     dtype = _accumulator(queries, keys)
@@ -70,10 +77,11 @@ def window_scores(
         torch.softmax(logits, -1, out=probabilities)
         if blind is not None:  # their softmax is 0/0
             probabilities.masked_fill_(blind[head, None, :, None], 0.0)
-        if reduce == "sum":
+        if reduce == over == "sum":
             torch.sum(probabilities, (0, 1), out=scores[head])
-        else:
-            torch.amax(probabilities.sum(1), 0, out=scores[head])
+            continue
+        each = probabilities.sum(1) if over == "sum" else probabilities.amax(1)
+        scores[head] = each.sum(0) if reduce == "sum" else each.amax(0)
     return scores
 
 
@@ -88,7 +96,6 @@ def _check(
     lengths: Tensor,
     positions: Tensor,
     query_positions: Tensor,
-    reduce: str,
 ) -> None:
     if queries.dim() != 4 or keys.dim() != 3:
         raise ValueError(
@@ -107,5 +114,3 @@ def _check(
             raise ValueError(
                 f"window_scores: {name} must be {list(shape)}, got {list(tensor.shape)}"
             )
-    if reduce not in ("sum", "max"):
-        raise ValueError(f"window_scores: reduce must be 'sum' or 'max', got {reduce!r}")

@@ -30,6 +30,7 @@ def _passes(
     group: int = 4,
     window: int = 8,
     maximum: bool = False,
+    over_max: bool = False,
     capped: bool = False,
 ) -> list[Variant]:
     """Both passes. Queries of FP8 caches are bf16; the cache is in HND order."""
@@ -46,7 +47,8 @@ def _passes(
         "WINDOW_TILE": window_tile, "CAPPED": capped, "ROWS": rows,
     }  # fmt: skip
     scores = {**signature, "normal_ptr": "*fp32", "out_ptr": "*fp32", "entries": "i32"}
-    name = f"{dtype} d={size} G={group} w={window}{' max' * maximum}{' cap' * capped}"
+    flags = {" over max": over_max, " max": maximum, " cap": capped}
+    name = f"{dtype} d={size} G={group} w={window}" + "".join(k for k, on in flags.items() if on)
     default = config is None
     config = config or pick(size, 2)
     skip = _NO_FP8 if dtype == tl.float8e4nv else {}
@@ -56,8 +58,8 @@ def _passes(
             constants, config, default, skip,
         ),
         Variant(
-            f"window_scores 2 {name}", scores_kernel, scores, {**constants, "MAXIMUM": maximum},
-            config, default, skip,
+            f"window_scores 2 {name}", scores_kernel, scores,
+            {**constants, "MAXIMUM": maximum, "OVER_MAX": over_max}, config, default, skip,
         ),
     ]  # fmt: skip
 
@@ -79,6 +81,8 @@ VARIANTS: list[Variant] = [
     *_passes(256, tl.bfloat16, capped=True),
     *_passes(128, tl.float8e4nv),
     *_passes(128, tl.bfloat16, window=64, maximum=True),
+    *_passes(128, tl.bfloat16, window=32, over_max=True),
+    *_passes(64, tl.float16, group=7, window=32, over_max=True),
     *(variant for config in CONFIGS[2:] for variant in _passes(128, tl.bfloat16, config)),
     _combine,
 ]

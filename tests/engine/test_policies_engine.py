@@ -20,7 +20,7 @@ from uncomp.calibration.collect import calibrate, load_model
 from uncomp.calibration.text import default_texts
 
 KEEP, SINKS, WINDOW, HEADS, LAYERS = 0.25, 4, 8, 3, 30
-SETTINGS = {"keep": KEEP, "min_tokens": 64, "recompact_every": 32}
+SETTINGS = {"keep": KEEP, "min_tokens": 64, "recompact_every": 32, "window": WINDOW}
 # The engine computes in float32 here, see test_equality.py.
 TOLERANCE = 5e-4
 PROTECTED = {"protected": ((10, 60), (310, 330))}

@@ -22,7 +22,7 @@ SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32}
         ({"block_size": 128}, {}),
         ({"enable_prefix_caching": False}, {}),
         ({"scheduling_policy": "priority"}, {"budget": 96, "keep": None, "window": 24}),
-        ({}, {"window": 1, "sinks": 0, "pooling": 1, "groups": 2, "reduce": "max"}),
+        ({}, {"window": 1, "sinks": 0, "pooling": 1, "pooling_kind": "max", "reduce": "max"}),
     ],
     ids=["compiled", "blocks of 64", "blocks of 128", "no prefix cache", "budget", "least window"],
 )

@@ -157,12 +157,10 @@ class Bench:
                 spans = any(a <= position < b for a, b in order.protect)
                 if inside and (position < self.config.sinks or position >= recent or spans):
                     forced[h].add(e)
-                reach = self.config.pooling // 2 if self.policy.pool_scores else 0
-                near = [o for o in range(e - reach, e + reach + 1) if o in poolable]
-                if reach == 0:
+                if not self.policy.pool_scores:
                     pooled[h, e] = raw[h][e]
                 elif e in poolable:
-                    pooled[h, e] = max(raw[h][o] for o in near)
+                    pooled[h, e] = self.pooled(raw[h], e, poolable)
         least = torch.tensor([-(-len(f) // SIZE) for f in forced])
         most = eligible.sum(1).long() // SIZE
         total = len(order.kept_blocks) * HEADS
@@ -175,6 +173,18 @@ class Bench:
             chosen = forced[h] | set(free[: int(deal[h]) * SIZE - len(forced[h])])
             kept.append([head[e] for e in sorted(chosen)])
         return kept
+
+    def pooled(self, raw: list[float], entry: int, poolable: list[int]) -> float:
+        length = self.config.pooling
+        if self.config.pooling_kind == "max":
+            near = range(entry - length // 2, entry + length // 2 + 1)
+            return max(raw[other] for other in near if other in poolable)
+        total = 0.0
+        for other in poolable:
+            far, fall = abs(entry - other), length if other <= entry else max(1.0, length / 2)
+            if far < 1 << math.ceil(math.log2(4 * fall)):
+                total += math.exp(-far / fall) * raw[other]
+        return total
 
     def view(self, order: Order, layer: int, queries: Tensor | None) -> LayerView:
         heads = self.held[layer]
@@ -208,8 +218,9 @@ class Bench:
 
 def config(**given: Any) -> UncompConfig:
     # Of a single eigenvalue, a quarter of this head size, the renormalized entropy is always 0.
-    base = {"keep": 0.5, "window": 3, "sinks": 2, "pooling": 3, "groups": 3, "truncation": 4}
-    return UncompConfig.from_mapping({"online_tokens": 64, **base, **given})
+    base = {"keep": 0.5, "window": 3, "sinks": 2, "groups": 3, "truncation": 4}
+    pooling = {"pooling": 3, "pooling_kind": "max"}
+    return UncompConfig.from_mapping({"online_tokens": 64, **pooling, **base, **given})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -230,6 +241,18 @@ def test_first_and_later_compactions(policy: str, layout: str) -> None:
             if bench.requests.slots and protect:
                 protect = ()  # a request's protected spans do not change: these may be gone
             bench.run(bench.order(keep, protect, exchange=rng.random() < 0.5))
+
+
+@pytest.mark.parametrize("policy", ["adakv", "uniform"])
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_scores_are_handed_on(policy: str, length: int) -> None:
+    given = config(policy=policy, pooling=length, pooling_kind="ema", window_reduce="sum")
+    bench = Bench(given, LAYOUTS["plain"], 41, length)
+    for growth in (0, 7):
+        for _ in range(growth):
+            bench.append(bench.tokens)
+            bench.tokens += 1
+        bench.run(bench.order(5, (), exchange=True))
 
 
 @pytest.mark.parametrize("policy", ["entropy", "adakv", "key_norm"])

@@ -24,7 +24,10 @@ def test_one_server_serves_them_all(method: Method) -> None:
     own = asked.own or SERVER
     file = {"calibration": "calibration.json"} if method.calibrated else {}
     expected = method.config(0.25, **file)
-    for name in ("policy", "window", "sinks", "pooling", "measure", "source", "groups", "ratio"):
+    for name in (
+        "policy", "window", "window_reduce", "sinks", "pooling", "pooling_kind", "measure",
+        "source", "groups", "ratio",
+    ):  # fmt: skip
         assert getattr(own, name) == getattr(expected, name), name
     assert own.reverse == expected.reverse
     assert own.calibration == expected.calibration
@@ -48,9 +51,9 @@ def test_everything_is_compared_with_the_full_cache() -> None:
 
 
 def test_own_methods() -> None:
-    found = find(["wide"], {"wide": {"policy": "entropy", "window": 24}})
-    assert json.loads(found[1].request(0.5)["kv_settings"])["window"] == 24
-    assert server_settings(found)["window"] == 24
+    found = find(["wide"], {"wide": {"policy": "entropy", "window": 48}})
+    assert json.loads(found[1].request(0.5)["kv_settings"])["window"] == 48
+    assert server_settings(found)["window"] == 48
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_own_methods() -> None:
         (["best"], {}, "unknown method 'best'; there are: full, "),
         (["pyramidkv"], {}, "not possible here: PyramidKV gives every layer"),
         (["adakv"], {"adakv": {}}, "is built in"),
-        (["mine"], {"mine": {"pooling": 8}}, "must be odd"),
+        (["mine"], {"mine": {"pooling": 8, "pooling_kind": "max"}}, "must be odd"),
         (["mine"], {"mine": {"pool": 7}}, "unknown uncomp setting"),
     ],
 )

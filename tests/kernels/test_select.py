@@ -1,12 +1,14 @@
 """Pooling and choice: worked numbers, tie rules, a sorted() reference, forced entries, padding."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from uncomp.kernels.select import max_pool, top_entries
+from uncomp.kernels.select import ema_pool, max_pool, pool_scores, top_entries
 
 quick = settings(deadline=None, max_examples=150)
 LOWEST = float("-inf")
@@ -222,6 +224,56 @@ def test_pooling_matches_the_definition_and_ignores_what_lies_beyond_the_limit(r
     scores[1, limit:] = float("nan")
     pooled = max_pool(scores, width, torch.tensor([limit, limit]))
     assert pooled.tolist() == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("length", "after", "before"), [(1, 4, 4), (2, 8, 4), (5, 32, 16), (16, 64, 32)]
+)
+@pytest.mark.parametrize("entries", [1, 7, 150])
+def test_moving_average_is_its_definition(
+    length: int, after: int, before: int, entries: int
+) -> None:
+    torch.manual_seed(length)
+    raw = torch.rand(2, entries).double()
+    limit = torch.tensor([entries, entries // 2])
+    given = raw.masked_fill(torch.arange(entries) >= limit[:, None], float("nan"))
+    pooled = ema_pool(given, length, limit)
+    for head in range(2):
+        for j in range(entries):
+            if j >= limit[head]:
+                assert pooled[head, j] == float("-inf")
+                continue
+            near = range(max(0, j - after + 1), min(int(limit[head]), j + before))
+            rate = [1 / length if i <= j else 1 / max(1.0, length / 2) for i in near]
+            terms = [
+                math.exp(-abs(j - i) * r) * float(raw[head, i])
+                for i, r in zip(near, rate, strict=True)
+            ]
+            # Float64: a few roundings of numbers about 10.
+            assert float(pooled[head, j]) == pytest.approx(math.fsum(terms), rel=1e-13)
+
+
+def test_moving_average_hands_a_score_on_twice_as_far_as_back() -> None:
+    raw = torch.zeros(1, 41)
+    raw[0, 20] = 1.0
+    pooled = ema_pool(raw, 8)[0]
+    assert pooled[20] == 1.0
+    torch.testing.assert_close(pooled[28], pooled[16])
+    assert pooled[28].item() == pytest.approx(math.exp(-1))
+    assert raw.sum() == 1.0
+
+
+def test_pooling_by_kind() -> None:
+    raw = torch.rand(2, 30)
+    limit = torch.tensor([30, 12])
+    assert pool_scores(raw, 5, "max", limit).equal(max_pool(raw, 5, limit))
+    assert pool_scores(raw, 6, "ema", limit).equal(ema_pool(raw, 6, limit))
+    with pytest.raises(ValueError, match="kind must be one of"):
+        pool_scores(raw, 5, "mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        ema_pool(raw, 0)
+    with pytest.raises(ValueError, match=r"ema_pool needs raw \[H, N\]"):
+        ema_pool(raw[0], 3)
 
 
 def test_pooling_without_a_limit_takes_every_entry():

@@ -8,7 +8,7 @@ from paged_cases import make_case
 from torch import Tensor
 
 from uncomp.kernels.paged import Rows, head_lengths, sub_blocks
-from uncomp.kernels.select import max_pool, top_entries
+from uncomp.kernels.select import pool_scores, top_entries
 from uncomp.kernels.select.launch import Terms, choose, limits, pool
 from uncomp.kernels.variant import Config
 
@@ -99,12 +99,12 @@ def deal(terms: Terms, eligible: Tensor, forced: Tensor) -> tuple[Tensor, Tensor
     return counts, (counts.cumsum(2) - counts).int()
 
 
-def pooled_by_reference(terms: Terms, raw: Tensor, width: int) -> Tensor:
+def pooled_by_reference(terms: Terms, raw: Tensor, width: int, kind: str = "max") -> Tensor:
     pooled = torch.full_like(raw, NAN)
     for layer, row in each(terms):
         _, valid, _, _ = dense(terms, layer, row)
         limit = (valid.sum(1) - terms.window).clamp_min(0)
-        part = max_pool(raw[layer, row, :, : valid.shape[1]], width, limit)
+        part = pool_scores(raw[layer, row, :, : valid.shape[1]], width, kind, limit)
         pooled[layer, row, :, : valid.shape[1]] = part.masked_fill(~valid, NAN)
     return pooled
 
@@ -164,6 +164,31 @@ def test_pooling_reaches_across_tiles():
     pool(raw, terms, 5, out)
     expected = pooled_by_reference(terms, raw, 5)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16])
+@pytest.mark.parametrize("lengths", [None, [2100], [1, 70, 1024]])
+def test_moving_average(length, lengths):
+    terms = (
+        make_terms() if lengths is None else make_terms(lengths, [None] * len(lengths), window=4)
+    )
+    raw = scores(terms, "random").abs().clamp(1e-20, 1e20)
+    out = torch.full_like(raw, NAN)
+    assert pool(raw, terms, length, out, kind="ema") is out
+    expected = pooled_by_reference(terms, raw, length, "ema")
+    # Sums of at most 96 positive float32 numbers in another order, weights rounded once more.
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "says"),
+    [(4, "max", "positive odd"), (0, "ema", "positive number"), (3, "mean", "kind must")],
+)
+def test_pooling_refuses(width, kind, says):
+    terms = make_terms([8], [None])
+    raw = scores(terms, "random")
+    with pytest.raises(ValueError, match=says):
+        pool(raw, terms, width, torch.empty_like(raw), kind=kind)
 
 
 @pytest.mark.parametrize("spans", [0, 2])

@@ -20,7 +20,9 @@ ORACLE_ROWS = [
 ]
 
 
-def reference(queries, keys, lengths, positions, query_positions, scale, softcap, reduce):
+def reference(
+    queries, keys, lengths, positions, query_positions, scale, softcap, reduce, over="sum"
+):
     """By the definition, float64, one probability at a time."""
     heads, group, window, _ = queries.shape
     raw = torch.zeros(heads, keys.shape[1], dtype=torch.float64)
@@ -37,7 +39,9 @@ def reference(queries, keys, lengths, positions, query_positions, scale, softcap
                 top = max(logits, default=0.0)
                 total = sum(math.exp(x - top) for x in logits)
                 for j, x in zip(seen, logits, strict=True):
-                    per_query_head[g, j] += math.exp(x - top) / total
+                    p = math.exp(x - top) / total
+                    before = per_query_head[g, j]
+                    per_query_head[g, j] = before + p if over == "sum" else max(before, p)
         raw[h] = per_query_head.sum(0) if reduce == "sum" else per_query_head.amax(0)
     return raw
 
@@ -64,15 +68,16 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("over", ["sum", "max"])
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("softcap", [0.0, 2.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "H{}-G{}-w{}-N{}-d{}".format(*s[:5]))
-def test_matches_the_definition(shape, softcap, reduce):
+def test_matches_the_definition(shape, softcap, reduce, over):
     inputs = make(*shape)
     scale = shape[4] ** -0.5
-    result = window_scores(*inputs, scale, softcap, reduce)
+    result = window_scores(*inputs, scale, softcap, reduce, over)
     assert result.dtype == torch.float64
-    expected = reference(*inputs, scale, softcap, reduce)
+    expected = reference(*inputs, scale, softcap, reduce, over)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 

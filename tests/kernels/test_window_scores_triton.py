@@ -18,7 +18,7 @@ SMALL = Config({"CHUNK": 32, "BLOCK_N": 16})
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-7}
 
 
-def reference(case, queries, scale, softcap, reduce, layer, row):
+def reference(case, queries, scale, softcap, reduce, layer, row, over="sum"):
     """`[H, N]` float64; -1 beyond the entries."""
     keys, _, lengths = gather(case.caches, case.rows, case.holdings, row, layer)
     heads, window = case.caches.heads, queries.shape[2]
@@ -29,11 +29,22 @@ def reference(case, queries, scale, softcap, reduce, layer, row):
     scores = window_scores(
         grouped, keys.double(), lengths, positions, torch.arange(window),
         float(scale[layer]), 0.0 if softcap is None else float(softcap[layer]), reduce,
+        over,
     )  # fmt: skip
     return scores.masked_fill(entry >= lengths[:, None], -1.0)
 
 
-def check(case, window, group=2, softcap=None, reduce="sum", config=SMALL, dtype=None, sharp=1.0):
+def check(
+    case,
+    window,
+    group=2,
+    softcap=None,
+    reduce="sum",
+    config=SMALL,
+    dtype=None,
+    sharp=1.0,
+    over="sum",
+):
     caches, heads = case.caches, case.caches.heads
     layers, requests, size = caches.layers, case.rows.lengths.shape[0], caches.head_size
     shape = (layers, requests, window, heads * group, size)
@@ -47,12 +58,13 @@ def check(case, window, group=2, softcap=None, reduce="sum", config=SMALL, dtype
         (workspace_size(layers, requests, heads * group, window, entries, config),), float("nan")
     )
     result = window_scores_paged(
-        caches, case.rows, case.holdings, queries, scale, softcap, reduce, out, workspace, config
-    )
+        caches, case.rows, case.holdings, queries, scale, softcap, reduce, out, workspace, config,
+        over,
+    )  # fmt: skip
     assert result is out
     for layer in range(layers):
         for row in range(requests):
-            expected = reference(case, queries, scale, softcap, reduce, layer, row)
+            expected = reference(case, queries, scale, softcap, reduce, layer, row, over)
             width = expected.shape[1]
             got = out[layer, row]
             beyond = torch.arange(entries) >= lengths[layer, row][:, None]
@@ -103,6 +115,22 @@ def test_head_sizes(size):
 def test_groups_and_windows(heads, group, window, reduce):
     case = make_case([max(43, window + 2)], [None], layers=1, heads=heads, head_size=16)
     check(case, window, group, reduce=reduce)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize(
+    ("heads", "group", "window"),
+    [
+        (1, 1, 1),
+        (2, 3, 8),  # a padded query head in the tile
+        (1, 7, 32),  # four tiles of two heads, the last one half empty
+        (1, 4, 20),
+        (1, 2, 100),  # a query head fills two tiles, the second of them partly
+    ],
+)
+def test_largest_of_the_window(heads, group, window, reduce):
+    case = make_case([window + 9], [None], layers=1, heads=heads, head_size=16)
+    check(case, window, group, reduce=reduce, over="max")
 
 
 def test_softcap_of_each_layer():

@@ -65,7 +65,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="4096", help="prompt lengths in tokens")
     parser.add_argument("--samples", type=int, default=20, help="per task and length")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default="snapkv,adakv,entropy,streaming,random")
+    parser.add_argument("--methods", default="uncomp,snapkv,adakv,streaming,random")
     parser.add_argument(
         "--method",
         action="append",

@@ -23,7 +23,7 @@ from uncomp.engine.orders import Order, Receipt
 from uncomp.engine.state import CompressedRequests
 from uncomp.kernels.entropy import Measure, spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
-from uncomp.kernels.select import max_pool, top_entries
+from uncomp.kernels.select import Pooling, pool_scores, top_entries
 from uncomp.policies import LayerView, Policy
 
 
@@ -302,9 +302,11 @@ class Compactor:
         maximum = eligible.sum(2) // self.block_size
         pooled, counts = raw, maximum
         if not self.config.relocate:
-            if self.policy.pool_scores and self.config.pooling > 1:
+            if self.policy.pool_scores:
                 limits = (valid & ~recent).sum(2).flatten()
-                pooled = max_pool(raw.flatten(0, 1), self.config.pooling, limits).view_as(raw)
+                kind = cast(Pooling, self.config.pooling_kind)
+                pooled = pool_scores(raw.flatten(0, 1), self.config.pooling, kind, limits)
+                pooled = pooled.view_as(raw)
             minimum = -(-forced.sum(2) // self.block_size)
             total = torch.full(minimum.shape[:1], len(order.kept_blocks) * self.heads)
             counts = self.policy.share(

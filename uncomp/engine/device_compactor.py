@@ -28,6 +28,7 @@ from uncomp.kernels.entropy import Measure
 from uncomp.kernels.entropy.launch import Scratch, spectral_entropy
 from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
 from uncomp.kernels.paged import Caches, Holdings, gather, sub_blocks
+from uncomp.kernels.select import Pooling
 from uncomp.kernels.select.launch import Terms, choose, limits, pool
 from uncomp.kernels.window_scores.launch import window_scores_paged, workspace_size
 from uncomp.policies import LayerView, Policy
@@ -178,9 +179,9 @@ class DeviceCompactor:
         maximum = eligible.long() // caches.block_size
         raw = self._scores(facts, caches, holdings, start)
         pooled = raw
-        if self.policy.pool_scores and config.pooling > 1 and not config.relocate:
+        if self.policy.pool_scores and not config.relocate:
             pooled = self.arena.take(raw.shape)
-            pool(raw, terms, config.pooling, pooled)
+            pool(raw, terms, config.pooling, pooled, kind=cast(Pooling, config.pooling_kind))
         if config.relocate:
             counts = maximum
         else:
@@ -232,6 +233,7 @@ class DeviceCompactor:
                 self.policy.reduce,
                 raw,
                 self.arena.take((workspace_size(*sizes),)),
+                over=self.policy.over,
             )
             return raw
         for layer in range(caches.layers):

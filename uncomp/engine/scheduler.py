@@ -49,12 +49,13 @@ class _Compacting(_Base):
             self._counters,
         )
         logger.info(
-            "uncomp is active in the scheduler: policy=%s %s, window=%d, sinks=%d, pooling=%d, "
+            "uncomp is active in the scheduler: policy=%s %s, window=%d, sinks=%d, pooling=%s %d, "
             "min_tokens=%d, recompact_every=%d, block size %d, %d blocks",
             config.policy,
             f"keep={config.keep}" if config.keep is not None else f"budget={config.budget}",
             config.window,
             config.sinks,
+            config.pooling_kind,
             config.pooling,
             config.min_tokens,
             config.recompact_every,

@@ -40,15 +40,16 @@ def engine_config(vllm_config: Any) -> UncompConfig:
 def make_policy(config: UncompConfig) -> policies.Policy:
     """The policy that the settings describe."""
     name = config.policy_name
+    scores = {"reduce": config.reduce, "over": config.window_reduce}
     own: dict[str, dict[str, Any]] = {
         "entropy": {
             "groups": config.groups,
             "ratio": config.ratio,
             "reverse": config.reverse,
-            "reduce": config.reduce,
+            **scores,
         },
-        "uniform": {"reduce": config.reduce},
-        "adakv": {"reduce": config.reduce},
+        "uniform": scores,
+        "adakv": scores,
         "random": {"seed": config.seed},
     }
     return policies.get(name, **own.get(name, {}))

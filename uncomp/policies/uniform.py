@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from uncomp.kernels.window_scores import Reduce, window_scores
+from uncomp.kernels.window_scores import Over, Reduce, window_scores
 from uncomp.policies.base import LayerView, Policy
 from uncomp.policies.registry import register
 
@@ -17,6 +17,7 @@ class Uniform(Policy):
 
     Attributes:
         reduce: "sum" or "max" over the query heads of a KV head.
+        over: "sum" or "max" over the queries of the window, before that.
     """
 
     name: ClassVar[str] = "uniform"
@@ -24,10 +25,13 @@ class Uniform(Policy):
     pool_scores: ClassVar[bool] = True
 
     reduce: Reduce = "sum"
+    over: Over = "max"
 
     def __post_init__(self) -> None:
-        if self.reduce not in ("sum", "max"):
-            raise ValueError(f"reduce must be 'sum' or 'max', got {self.reduce!r}")
+        for name in ("reduce", "over"):
+            value = getattr(self, name)
+            if value not in ("sum", "max"):
+                raise ValueError(f"{name} must be 'sum' or 'max', got {value!r}")
 
     def score(self, view: LayerView) -> Tensor:
         """Attention mass of the window; see `Policy.score` and `window_scores`."""
@@ -42,4 +46,5 @@ class Uniform(Policy):
             view.scale,
             view.softcap,
             self.reduce,
+            over=self.over,
         )
