@@ -110,6 +110,11 @@ METHODS: dict[str, Method] = {
             "keys least like the mean key (KeyDiff, Park et al. 2025)",
             {"policy": "key_difference"},
         ),
+        Method(
+            "key-difference-prerope",
+            "the same before RoPE, handed on; needs no question",
+            {"policy": "prerope_key_difference"},
+        ),
         _entropy(
             "entropy",
             "the default's scores, shares by renormalised truncated entropy of the prompt's keys",

@@ -18,8 +18,11 @@ from uncomp.policies.adakv import _bisected, _ranked
 
 quick = settings(deadline=None, max_examples=60)
 
-ALL = ["adakv", "entropy", "key_difference", "key_norm", "random", "streaming", "uniform"]
-QUERY_FREE = ["key_difference", "key_norm", "random", "streaming"]
+ALL = [
+    "adakv", "entropy", "key_difference", "key_norm", "prerope_key_difference", "random",
+    "streaming", "uniform",
+]  # fmt: skip
+QUERY_FREE = ["key_difference", "key_norm", "prerope_key_difference", "random", "streaming"]
 
 
 def make_view(heads=3, entries=40, size=16, lengths=(40, 33, 12), seed=0, **changes) -> LayerView:
@@ -110,7 +113,9 @@ class TestRegistry:
     @pytest.mark.parametrize("name", ALL)
     def test_flags(self, name):
         policy = policies.get(name)
-        assert policy.needs_queries == policy.pool_scores == (name not in QUERY_FREE)
+        assert policy.needs_queries == (name not in QUERY_FREE)
+        assert policy.needs_rotary == (name == "prerope_key_difference")
+        assert policy.pool_scores == (policy.needs_queries or policy.needs_rotary)
         assert policy.needs_entropy == (name == "entropy")
 
 

@@ -16,6 +16,9 @@ from uncomp.kernels.gram import gram
 SINKS = 4
 RECENT = 8
 
+#: name and what each head keeps, `[L, H, N]`
+Named = tuple[str, Tensor]
+
 #: computed once per reading
 _memo: dict[Any, Any] = {}
 
@@ -360,6 +363,25 @@ def _repeat(reading: Reading, replay: Replay) -> list[int]:
     return [*ask, *reading.ids]
 
 
+def outlines(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
+    """Before the question is known, third look: pooling of what stands out before RoPE."""
+    back = -torch.arange(reading.tokens)
+    unrotated = _once("unrotated", lambda: features.difference(replay.rotate(reading.keys, back)))
+
+    def both(scores: Tensor, length: int) -> Tensor:
+        behind = choose.trail(scores.flip(-1), max(1.0, length / 2), "sum").flip(-1)
+        return choose.trail(scores, length, "sum") + behind - scores
+
+    def even(scores: Tensor) -> Tensor:
+        return choose.uniform(scores, budget, always)
+
+    yield "plain.avg9", even(choose.spread(unrotated, 4, 4, "avg"))
+    yield "plain.max9", even(choose.spread(unrotated, 4, 4))
+    for length in (2, 4, 8, 16):
+        yield f"plain.ema{length}", even(both(unrotated, length))
+        yield f"plain.ema{length}.ada", choose.by_score(both(unrotated, length), budget, always)
+
+
 SETS: dict[str, Callable] = {
     "screen": screen,
     "pooling": pooling,
@@ -368,4 +390,5 @@ SETS: dict[str, Callable] = {
     "blind": blind,
     "sides": sides,
     "mixes": mixes,
+    "outlines": outlines,
 }

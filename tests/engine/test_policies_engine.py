@@ -243,6 +243,7 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "uniform": _unequal_positions,
     "key_norm": _unequal_positions,
     "key_difference": _unequal_positions,
+    "prerope_key_difference": _unequal_positions,
     "entropy": lambda record: not _equal_shares(record),
     "adakv": lambda record: not _equal_shares(record),
 }

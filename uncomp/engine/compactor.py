@@ -25,6 +25,7 @@ from uncomp.kernels.entropy import Measure, spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
 from uncomp.kernels.select import Pooling, pool_scores, top_entries
 from uncomp.policies import LayerView, Policy
+from uncomp.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class LayerCache:
         index: layer number in the whole model (calibration files count all layers).
         cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
         scale, softcap: of its attention logits.
+        rotary: how its keys are rotated; None: they are not.
     """
 
     index: int
     cache: Tensor
     scale: float
     softcap: float
+    rotary: Rotary | None = None
 
 
 #: layers whose small steps are taken together; more would save little time and cost memory
@@ -285,6 +288,7 @@ class Compactor:
             query_positions=at,
             scale=layer.scale,
             softcap=layer.softcap,
+            rotary=layer.rotary,
         )
 
     def _choose(

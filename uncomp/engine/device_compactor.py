@@ -33,6 +33,7 @@ from uncomp.kernels.select.launch import Terms, choose, limits, pool
 from uncomp.kernels.window_scores.launch import window_scores_paged, workspace_size
 from uncomp.policies import LayerView, Policy
 from uncomp.policies.uniform import Uniform
+from uncomp.rotary import Rotary
 
 
 class DeviceCompactor:
@@ -50,6 +51,7 @@ class DeviceCompactor:
         arena: working memory; holds at least `least_memory` bytes.
         calibrated: [layers, heads] entropies of this rank from a calibration file, or None.
         rank: names the trace file.
+        rotaries: how the keys of each layer are rotated; None: not at all.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class DeviceCompactor:
         arena: Arena,
         calibrated: Tensor | None = None,
         rank: int = 0,
+        rotaries: Sequence[Rotary | None] | None = None,
     ) -> None:
         self.config, self.policy, self.caches = config, policy, caches
         self.positions, self.layer_numbers = positions, list(layer_numbers)
         self.scales, self.softcaps = scales, softcaps
         self.requests, self.arena = requests, arena
         self.calibrated = None if calibrated is None else calibrated.to(caches.device)
+        self.rotaries = rotaries or [None] * len(self.layer_numbers)
         self.clock = DeviceClock(caches.device)
         self._trace = Path(config.trace, f"kept-{rank}.jsonl") if config.trace else None
         if self._trace is not None:
@@ -255,7 +259,7 @@ class DeviceCompactor:
                 kept = self.positions[layer, at[:, 0], at[:, 1]].flatten()
                 positions[head, : kept.shape[0]] = kept
         return LayerView(
-            self.layer_numbers[layer], keys, lengths, positions,
+            self.layer_numbers[layer], keys, lengths, positions, rotary=self.rotaries[layer],
         )  # fmt: skip
 
     def _measure(self, facts: Facts, caches: Caches, holdings: Holdings) -> Tensor:

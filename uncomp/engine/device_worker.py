@@ -121,6 +121,8 @@ class DeviceWorker(CompactingWorker):
         softcaps = [float(impl.logits_soft_cap or 0) for impl in impls]
         capping = torch.tensor(softcaps, device=caches.device)
 
+        turned = self._rotaries()
+
         def compactor(config: UncompConfig) -> DeviceCompactor:
             entropies = rank_entropies(config, self.vllm_config, numbers, caches.heads)
             return DeviceCompactor(
@@ -135,6 +137,7 @@ class DeviceWorker(CompactingWorker):
                 arena,
                 entropies,
                 self.rank,
+                turned,
             )
 
         default = compactor(self._uncomp)

@@ -51,6 +51,7 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
     def _make_seat(self, isa: str) -> Seat:
         layers = self._attention_layers()
         caches = []
+        rotaries = self._rotaries()
         for i, (name, layer) in enumerate(layers.items()):
             assert isinstance(layer.impl, SeatedImpl)
             layer.impl.layer_index = i
@@ -60,6 +61,7 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
                     layer.kv_cache,
                     layer.impl.scale,
                     float(layer.impl.logits_soft_cap),
+                    rotaries[i],
                 )
             )
         first = next(iter(layers.values()))

@@ -17,8 +17,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from uncomp.engine import conflicts
 from uncomp.engine.cache_manager import CompressedSpec
 from uncomp.engine.orders import ATTRIBUTE, Receipt, StepPlan
+from uncomp.engine.rotaries import rotaries
 from uncomp.engine.settings import engine_config, make_policy
 from uncomp.patches import engine_config as engine_config_patch
+from uncomp.rotary import Rotary
 
 logger = logging.getLogger("vllm.uncomp")
 
@@ -125,6 +127,7 @@ class CompactingWorker(_Worker):
             "runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__name__}",
             "backends": sorted({type(layer.impl).__name__ for layer in layers.values()}),
             "layers": len(layers),
+            "rotary_layers": sum(found is not None for found in self._rotaries()),
             "orders_run": self._seat.orders_run if self._seat else 0,
         }
 
@@ -163,6 +166,25 @@ class CompactingWorker(_Worker):
 
     def _attention_layers(self) -> dict[str, Attention]:
         return get_layers_from_vllm_config(self.vllm_config, Attention)
+
+    def _rotaries(self) -> list[Rotary | None]:
+        """How the keys of every attention layer are rotated.
+
+        Raises:
+            RuntimeError: the policy has to know, and this model does not tell.
+        """
+        found = rotaries(self.model_runner.get_model(), self._attention_layers())
+        if self._policy.needs_rotary and not all(found) and self._has_rope():
+            raise RuntimeError(
+                f"uncomp: policy {self._policy.name!r} takes RoPE back from the keys, but in "
+                f"{type(self.model_runner.get_model()).__name__} it was not found; use another "
+                f"policy, e.g. key_difference"
+            )
+        return found
+
+    def _has_rope(self) -> bool:
+        text = self.model_config.hf_text_config
+        return any(getattr(text, name, None) for name in ("rope_parameters", "rope_theta"))
 
     def _row_ids(self) -> list[str]:
         return self.model_runner.input_batch.req_ids

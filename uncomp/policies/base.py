@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from uncomp import budget
+from uncomp.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LayerView:
         scale: factor on the attention logits.
         softcap: soft cap of the attention logits, 0 for none.
         entropy: `[H]` normalised head entropies; None if the policy needs none.
+        rotary: how the keys were rotated; None if they were not, or if the policy need not know.
     """
 
     layer: int
@@ -38,6 +40,7 @@ class LayerView:
     scale: float = 1.0
     softcap: float = 0.0
     entropy: Tensor | None = None
+    rotary: Rotary | None = None
 
     def valid(self) -> Tensor:
         """`[H, N]` bool, False for padding."""
@@ -51,6 +54,7 @@ class Policy(ABC):
         name: key in the registry.
         needs_queries: `score` reads the queries.
         needs_entropy: `deal` reads the entropies.
+        needs_rotary: `score` reads how keys were rotated.
         deals_by_score: `deal` reads the scores.
         pool_scores: scores are max-pooled over neighbouring entries before the choice.
     """
@@ -58,6 +62,7 @@ class Policy(ABC):
     name: ClassVar[str]
     needs_queries: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
     deals_by_score: ClassVar[bool] = False
     pool_scores: ClassVar[bool] = False
 
