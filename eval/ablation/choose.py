@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uncomp import budget
+from uncomp.kernels.select import reach
 from uncomp.policies.adakv import best_per_head
 
 
@@ -25,18 +26,10 @@ def trail(raw: Tensor, distance: float, kind: str = "max") -> Tensor:
 
     "max": the best of what reaches a token; "sum": all of it.
     """
-    out = raw
-    if kind == "max":
-        step = 1
-        while step <= 4 * distance:  # doubling: a running maximum of decayed scores
-            moved = F.pad(out, (step, 0))[..., : raw.shape[-1]] * math.exp(-step / distance)
-            out = torch.maximum(out, moved)
-            step *= 2
-        return out
-    step = 1
-    while step <= 4 * distance:
+    out, step = raw, 1
+    while step < reach(distance):  # doubling: what 1, 2, 4, ... tokens have handed on
         moved = F.pad(out, (step, 0))[..., : raw.shape[-1]] * math.exp(-step / distance)
-        out = out + moved
+        out = torch.maximum(out, moved) if kind == "max" else out + moved
         step *= 2
     return out
 

@@ -1,5 +1,5 @@
-"""Max-pooling of scores and the choice of the entries that stay."""
+"""Pooling of scores and the choice of the entries that stay."""
 
-from .naive import POOLINGS, Pooling, ema_pool, max_pool, pool_scores, top_entries
+from .naive import POOLINGS, Pooling, ema_pool, max_pool, pool_scores, reach, top_entries
 
-__all__ = ["POOLINGS", "Pooling", "ema_pool", "max_pool", "pool_scores", "top_entries"]
+__all__ = ["POOLINGS", "Pooling", "ema_pool", "max_pool", "pool_scores", "reach", "top_entries"]

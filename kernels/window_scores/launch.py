@@ -31,9 +31,14 @@ HEAD_SIZES = (16, 256)
 QUERY_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def pick(head_size: int, dot_bytes: int) -> Config:
-    """Tiling for a head size and the bytes of one element that is multiplied."""
-    return CONFIGS[0] if triton.next_power_of_2(head_size) * dot_bytes <= 256 else CONFIGS[1]
+def pick(head_size: int, dot_bytes: int, row_tiles: int = 1) -> Config:
+    """Tiling for a head size, the bytes of one element that is multiplied, and tiles of queries.
+
+    Several tiles of 64 queries each want 64 x 64 logits and what they are reduced to in registers:
+    with fewer entries a step nothing spills.
+    """
+    fits = triton.next_power_of_2(head_size) * dot_bytes <= 256 and row_tiles == 1
+    return CONFIGS[0] if fits else CONFIGS[1]
 
 
 def tiles(group: int, window: int) -> tuple[int, int, int]:
@@ -101,8 +106,8 @@ def window_scores_paged(
     heads, entries, group = caches.heads, out.shape[3], query_heads // caches.heads
     if out.numel() == 0:
         return out
-    config = config or pick(size, queries.dtype.itemsize)
     window_tile, tile_rows, row_tiles = tiles(group, window)
+    config = config or pick(size, queries.dtype.itemsize, row_tiles)
     chunk = config.meta["CHUNK"]
     chunks, numbers = triton.cdiv(entries, chunk), group * window
     programs = layers * requests * heads

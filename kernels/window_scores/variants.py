@@ -39,7 +39,7 @@ def _passes(
     signature = {"pointers_ptr": "*i64", "scales_ptr": "*fp32", "blocks_ptr": "*i32", **_TABLES}
     signature |= {"queries_ptr": queries, "scale_ptr": "*fp32", "softcap_ptr": "*fp32"}
     signature |= dict.fromkeys((*_INTEGERS, *_STRIDES), "i32")
-    window_tile, rows, _ = tiles(group, window)
+    window_tile, rows, row_tiles = tiles(group, window)
     constants = {
         "CACHE_TYPE": dtype, "DOT_TYPE": dot_type, "STRIDE_BLOCK": 8 * 16 * 2 * size,
         "STRIDE_HEAD": 16 * 2 * size, "STRIDE_TOKEN": 2 * size, "HEADS": 8, "GROUP": group,
@@ -50,7 +50,7 @@ def _passes(
     flags = {" over max": over_max, " max": maximum, " cap": capped}
     name = f"{dtype} d={size} G={group} w={window}" + "".join(k for k, on in flags.items() if on)
     default = config is None
-    config = config or pick(size, 2)
+    config = config or pick(size, 2, row_tiles)
     skip = _NO_FP8 if dtype == tl.float8e4nv else {}
     return [
         Variant(

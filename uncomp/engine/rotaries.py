@@ -21,7 +21,9 @@ def rotaries(model: Any, layers: Iterable[str]) -> list[Rotary | None]:
     for name in layers:
         beside = modules.get(name.rpartition(".")[0])
         rotary = getattr(beside, "rotary_emb", None)
-        table = getattr(rotary, "cos_sin_cache", None)
-        fits = table is not None and table.dim() == 2
-        found.append(Rotary(table, bool(rotary.is_neox_style)) if fits else None)
+        table: Any = getattr(rotary, "cos_sin_cache", None)
+        if table is None or table.dim() != 2:
+            found.append(None)
+        else:
+            found.append(Rotary(table, bool(getattr(rotary, "is_neox_style", True))))
     return found
