@@ -62,9 +62,9 @@ class Space:
         SpaceError: an empty or unknown value, or a preset (its settings are fixed).
     """
 
-    policies: tuple[str, ...] = ("entropy", "uniform", "adakv")
-    poolings: tuple[int, ...] = (15, 7, 31)
-    windows: tuple[int, ...] = (8, 32)
+    policies: tuple[str, ...] = ("adakv", "uniform", "entropy")
+    poolings: tuple[int, ...] = (16, 8, 32)
+    windows: tuple[int, ...] = (32, 8)
     keeps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -30,14 +30,12 @@ class Sabotage(Policy):
 
     name = "sabotage"
     needs_queries = True
-    pool_scores = True
     #: tokens of a prompt -> the span that is dropped
     spans: ClassVar[dict[int, tuple[int, int]]] = {}
 
     def score(self, view: LayerView) -> Tensor:
         scores = policies.get("uniform").score(view)
         start, end = self.spans[int(view.lengths[0])]
-        # Pooling spreads a score by half its width.
         inside = (view.positions >= start - 8) & (view.positions < end + 8)
         return torch.where(inside, torch.zeros_like(scores), scores + 1.0)
 

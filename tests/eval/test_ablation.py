@@ -10,6 +10,7 @@ from uncomp.eval.ablation import choose, features, variants
 from uncomp.eval.ablation.measure import Case, measure, reference_spans
 from uncomp.eval.ablation.replay import Replay
 from uncomp.eval.ablation.shared import both, forget
+from uncomp.eval.ablation.summary import table
 from uncomp.kernels.select import ema_pool
 from uncomp.kernels.window_scores import window_scores
 from uncomp.rotary import Rotary
@@ -160,3 +161,27 @@ def test_shares_are_bounded() -> None:
     assert kept.sum((1, 2)).tolist() == [36, 36]
     assert (kept.sum(2) >= 6).all()
     assert kept[0, 0].sum() > kept[0, 1].sum()
+
+
+def test_summary_pairs_samples_and_averages_tasks() -> None:
+    def row(variant: str, task: str, sample: str, score: float | None, kl: float) -> dict:
+        full = None if score is None else 1.0
+        values = {"kept": 0.25, "kl": kl} | ({} if score is None else {"score": score})
+        return {
+            "task": task,
+            "sample": sample,
+            "variant": variant,
+            "keep": 0.25,
+            "full": full,
+        } | values
+
+    rows = [row("snapkv", "a", str(i), 0.0, 1.0) for i in range(4)]
+    rows += [row("mine", "a", str(i), 1.0, 0.5) for i in range(4)]
+    rows += [row("mine", "b", "0", 0.5, 0.1), row("snapkv", "b", "0", 0.5, 0.2)]
+    rows += [row("mine", "c", "0", None, 0.3), row("snapkv", "c", "0", None, 0.3)]
+    first, second = table(rows)
+    assert (first["variant"], first["score"], first["kl"]) == ("snapkv", 25.0, 0.5)
+    assert (second["variant"], second["score"], second["full"]) == ("mine", 75.0, 100.0)
+    assert (second["difference"], second["samples"], second["tasks"]) == (50.0, 5, 2)
+    assert second["kl"] == 0.3
+    assert second["kl_samples"] == 6

@@ -102,9 +102,6 @@ def run(args: argparse.Namespace) -> int:
 def _arguments(model: Path, keep: float) -> list[str]:
     return [
         str(model), "--served-model-name", "demo", "--kv-keep", str(keep),
-        # This model spends a token on each digit, and only the first is found by the question: the
-        # pool must reach from there to the last.
-        "--kv-pooling", "31",
         # Enough here, and quick to start.
         "--max-model-len", "8192", "--kv-cache-memory-bytes", "500000000", "--enforce-eager",
     ]  # fmt: skip
