@@ -25,9 +25,9 @@ from uncomp.kernels.gram import gram
 from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
 from uncomp.kernels.paged import gather, head_lengths, sub_blocks
 from uncomp.kernels.record.launch import record
-from uncomp.kernels.select import max_pool, top_entries
+from uncomp.kernels.select import ema_pool, max_pool, top_entries
 from uncomp.kernels.select.launch import Terms, choose, limits, pool
-from uncomp.kernels.window_scores import window_scores
+from uncomp.kernels.window_scores import Over, window_scores
 from uncomp.kernels.window_scores.launch import window_scores_paged
 
 WINDOW, SINKS, POOLING = 8, 4, 15
@@ -127,10 +127,14 @@ def check_scores(case: Case) -> list[Finding]:
     scale = torch.full((shape.layers,), shape.size**-0.5, device=case.device)
     cap = torch.full((shape.layers,), 20.0, device=case.device)
     worst = 0.0
-    for softcap in (None, cap):
+    ways: tuple[tuple[Tensor | None, Over], ...] = ((None, "sum"), (cap, "sum"), (None, "max"))
+    for softcap, over in ways:
         size = (shape.layers, requests, shape.heads, int(held.max()))
         out = torch.full(size, NAN, device=case.device)
-        window_scores_paged(caches, case.rows, case.holdings, queries, scale, softcap, "sum", out)
+        window_scores_paged(
+            caches, case.rows, case.holdings, queries, scale, softcap, "sum", out,
+            over=over,
+        )  # fmt: skip
         for layer, request in _each(case):
             keys, _, lengths = gather(caches, case.rows, case.holdings, request, layer)
             entry = torch.arange(keys.shape[1], device=case.device)
@@ -138,7 +142,7 @@ def check_scores(case: Case) -> list[Finding]:
             want = window_scores(
                 grouped.permute(1, 2, 0, 3), keys.double(), lengths,
                 entry - lengths[:, None] + WINDOW, torch.arange(WINDOW, device=case.device),
-                shape.size**-0.5, 0.0 if softcap is None else 20.0,
+                shape.size**-0.5, 0.0 if softcap is None else 20.0, over=over,
             )  # fmt: skip
             got = out[layer, request, :, : keys.shape[1]].double()
             error = (got - want).abs() / (want + 1e-6)
@@ -150,7 +154,8 @@ def check_select(case: Case) -> list[Finding]:
     """Numbers, pooled scores and chosen entries are the reference's, ties included."""
     terms, raw, pooled, counts, offsets, chosen = chosen_entries(case)
     eligible, forced = limits(terms)
-    different = 0
+    handed_on = pool(raw, terms, POOLING, torch.full_like(raw, NAN), "ema")
+    different, worst = 0, 0.0
     for layer, request in _each(case):
         lengths = head_lengths(case.rows, case.holdings, case.shape.block)[layer, request]
         n = int(lengths.max())
@@ -168,6 +173,9 @@ def check_select(case: Case) -> list[Finding]:
         want = max_pool(scores, POOLING, (valid & ~recent).sum(1))
         got = pooled[layer, request, :, :n]
         different += int(((got != want) & valid).sum())
+        want_sum = ema_pool(scores.double(), POOLING, (valid & ~recent).sum(1))
+        error = (handed_on[layer, request, :, :n] - want_sum).abs() / (want_sum + 1e-6)
+        worst = step.worse(worst, error[valid & ~recent])
         keep = counts[layer, request].long() * case.shape.block
         best = top_entries(want, scores, stay, must, keep)
         for head in range(case.shape.heads):
@@ -175,7 +183,10 @@ def check_select(case: Case) -> list[Finding]:
             end = start + int(keep[head])
             wanted = best[head][: end - start]
             different += int((chosen[layer, request, start:end] != wanted).sum())
-    return [("selection: different numbers", float(different), 0.0)]
+    return [
+        ("selection: different numbers", float(different), 0.0),
+        ("selection: relative error of the moving average", worst, 1e-4),
+    ]
 
 
 def check_compact(case: Case) -> list[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from uncomp.kernels.entropy import spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
 from uncomp.kernels.paged import Caches, Rows, gather
 from uncomp.kernels.record.launch import record
-from uncomp.kernels.select import max_pool, top_entries
-from uncomp.kernels.window_scores import window_scores
+from uncomp.kernels.select import Pooling, pool_scores, top_entries
+from uncomp.kernels.window_scores import Over, window_scores
 
 Finding = tuple[str, float, float]
 NAN = float("nan")
@@ -121,7 +122,7 @@ def check_pipeline(case: Case) -> list[Finding]:
 
     Scores that differ by rounding may change the choice between entries of nearly equal score.
     """
-    config = UncompConfig(keep=0.3, min_tokens=1)
+    config = UncompConfig(keep=0.3, policy="entropy", min_tokens=1)
     requests = [
         r
         for r, (slot, n) in enumerate(
@@ -201,12 +202,14 @@ def _reference(
     positions = entry.expand(shape.heads, -1)
     grouped = queries.double().unflatten(1, (shape.heads, -1)).permute(1, 2, 0, 3)
     scores = window_scores(
-        grouped, keys.double(), lengths, positions, entry[-config.window :], shape.size**-0.5
-    ).float()
+        grouped, keys.double(), lengths, positions, entry[-config.window :], shape.size**-0.5,
+        over=cast(Over, config.window_reduce),
+    ).float()  # fmt: skip
     stay = positions < tokens // shape.block * shape.block
     recent = positions >= tokens - config.window
     forced = stay & (recent | (positions < config.sinks))
-    pooled = max_pool(scores, config.pooling, (~recent).sum(1))
+    kind = cast(Pooling, config.pooling_kind)
+    pooled = pool_scores(scores, config.pooling, kind, (~recent).sum(1))
     stride = max(1, math.ceil(tokens / config.online_tokens))
     eigenvalues = spectrum(gram(keys, lengths, stride).covariance().cpu())
     entropy = truncated_entropy(eigenvalues, config.truncation, "renormalized").to(case.device)

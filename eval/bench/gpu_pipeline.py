@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from uncomp.kernels.compact.launch import compact, scratch_bytes
 from uncomp.kernels.entropy import spectrum, truncated_entropy
 from uncomp.kernels.entropy.launch import Scratch, renyi2_entropy, spectral_entropy
 from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
+from uncomp.kernels.select import Pooling
 from uncomp.kernels.select.launch import Terms, choose, limits, pool
+from uncomp.kernels.window_scores import Over
 from uncomp.kernels.window_scores.launch import window_scores_paged, workspace_size
 
 
@@ -50,6 +53,9 @@ def bench(timer: Timer, dry: bool, say: Callable[[str], None]) -> Iterator[list[
     for keep in sizes.keep:
         say(f"compaction of {tokens} tokens, keep {keep}")
         yield compaction_rows(timer, case, UncompConfig(keep=keep, min_tokens=1), prefill)
+    say(f"compaction of {tokens} tokens, shares by entropy")
+    by_entropy = UncompConfig(keep=sizes.keep[0], policy="entropy", min_tokens=1)
+    yield compaction_rows(timer, case, by_entropy, prefill)
     del case
     say("entropy: library eigen-solver, own kernel, Rényi-2")
     yield entropy_rows(timer, sizes.shape)
@@ -73,6 +79,7 @@ def compaction_rows(timer: Timer, case: Case, config: UncompConfig, prefill: flo
     """The engine's own compaction, and each stage of it alone as a graph."""
     shape, tokens = case.shape, int(case.rows.lengths[0])
     setting = f"compaction of {tokens} tokens, {shape.layers} layers, keep {config.keep}"
+    setting += "" if config.policy == UncompConfig(keep=1.0).policy else f", {config.policy}"
     bytes_ = gpu_compactor.arena_bytes(timer.device)
     engine = gpu_compactor.compactor(case, config, bytes_)
     jobs = gpu_compactor.jobs(case, config, [0])
@@ -138,10 +145,9 @@ class Stages:
             stage()
 
     def by_name(self) -> dict[str, Work]:
+        measured = {"Gram": self.gram, "covariance": self.covariance, "entropy": self.entropy}
         return {
-            "Gram": self.gram,
-            "covariance": self.covariance,
-            "entropy": self.entropy,
+            **(measured if self.policy.needs_entropy else {}),
             "window scores": self.scores,
             "limits": self.limits,
             "pooling": self.pool,
@@ -166,20 +172,25 @@ class Stages:
         case = self.case
         window_scores_paged(
             case.caches, case.rows, case.holdings, self.queries, self.scale, None, "sum", self.raw,
-            self.workspace,
+            self.workspace, over=cast(Over, self.config.window_reduce),
         )  # fmt: skip
 
     def limits(self) -> None:
         limits(self.terms, self.eligible, self.forced)
 
     def pool(self) -> None:
-        pool(self.raw, self.terms, self.config.pooling, self.pooled)
+        kind = cast(Pooling, self.config.pooling_kind)
+        pool(self.raw, self.terms, self.config.pooling, self.pooled, kind)
 
     def share(self) -> None:
         case, size = self.case, self.case.shape.block
         total = (self.kept.long() * case.shape.heads).expand(case.shape.layers, -1)
+        mask = None
+        if self.policy.deals_by_score:
+            entry = torch.arange(self.raw.shape[-1], device=case.device)
+            mask = entry < self.eligible.unsqueeze(-1)
         counts = self.policy.share(
-            self.entropies.view(self.eligible.shape), None, None, total,
+            self.entropies.view(self.eligible.shape), self.pooled, mask, total,
             -(-self.forced.long() // size), self.eligible.long() // size, size,
         )  # fmt: skip
         # In place: graphs of other stages read them.
