@@ -37,14 +37,17 @@ def _configure(model: Path, settings: Any, **arguments: Any) -> Any:
         ({"keep": True}, "keep=True.*float"),
         ({}, "exactly one of keep .* and budget"),
         ({"keep": 0.5, "budget": 512}, "exactly one of keep .* and budget"),
-        ({"budget": 11}, "budget=11: must be at least 12.*window"),
+        ({"budget": 35}, "budget=35: must be at least 36.*window"),
         ({"budget": 100, "window": 97}, "budget=100: must be at least 101.*window"),
         ({"keep": 0.25, "policy": "entropyy"}, "policy='entropyy'.*entropy.*uniform"),
         ({"keep": 0.25, "pooling": 4, "pooling_kind": "max"}, "pooling=4: must be odd"),
         ({"keep": 0.25, "window": 0}, "window=0: must be between 1"),
         ({"keep": 0.25, "recompact_every": -1}, "recompact_every=-1: must be at least 0"),
         ({"keep": 0.25, "ratios": 2.0}, r"unknown uncomp setting \['ratios'\].*'ratio'"),
-        ({"keep": 0.25, "source": "queries"}, "needs a calibration file.*uncomp calibrate"),
+        (
+            {"keep": 0.25, "policy": "entropy", "source": "queries"},
+            "needs a calibration file.*uncomp calibrate",
+        ),
         ({"keep": 0.25, "policy": "uncomp-v2"}, "needs a calibration file.*uncomp calibrate"),
         (0.25, 'must be an object like {"keep": 0.25}'),
     ],
@@ -156,21 +159,24 @@ def test_bad_calibration_file_stops_the_start(
     bad = tmp_path / "bad.json"
     bad.write_text(edit(calibration.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(ValueError, match=says) as caught:
-        _configure(demo_model, {"keep": 0.25, "calibration": str(bad)})
+        _configure(demo_model, {"keep": 0.25, "policy": "entropy", "calibration": str(bad)})
     assert str(bad) in str(caught.value) or "model" in str(caught.value)
 
 
 def test_missing_calibration_file_stops_the_start(demo_model: Path, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.json")
     with pytest.raises(ValueError, match=r"missing\.json"):
-        _configure(demo_model, {"keep": 0.25, "calibration": missing})
+        _configure(demo_model, {"keep": 0.25, "policy": "entropy", "calibration": missing})
 
 
 def test_calibration_with_another_truncation_stops_the_start(
     demo_model: Path, calibration: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"truncated at 16.*truncation=8"):
-        _configure(demo_model, {"keep": 0.25, "calibration": str(calibration), "truncation": 8})
+        _configure(
+            demo_model,
+            {"keep": 0.25, "policy": "entropy", "calibration": str(calibration), "truncation": 8},
+        )
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +184,7 @@ def engine(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Small blocks' worth of everything is compressed: the least length is one token."""
     settings = {
         "keep": 0.25,
+        "window": 8,
         "min_tokens": 1,
         "recompact_every": 32,
         "min_keep": 0.02,

@@ -17,7 +17,7 @@ from traffic import Source
 from uncomp.engine import compactor as compactor_module
 
 CHUNKS = (4096, 512, 128)
-SETTINGS = {"keep": 0.25, "min_tokens": 64}
+SETTINGS = {"keep": 0.25, "min_tokens": 64, "policy": "entropy"}
 SITUATIONS = (
     *(f"chunks of {chunk}" for chunk in CHUNKS[1:]),
     "among others",

@@ -25,7 +25,8 @@ RANKS: dict[str, dict[str, Any]] = {
         "compilation_config": {"backend": "eager"},
     },
 }
-SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32, "groups": 4, "ratio": 4}
+SETTINGS = {"policy": "entropy", "keep": 0.25, "min_tokens": 64, "recompact_every": 32}
+SETTINGS |= {"groups": 4, "ratio": 4}
 
 
 @pytest.fixture(scope="module")

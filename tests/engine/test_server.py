@@ -125,7 +125,7 @@ def test_own_settings_of_a_request(
         ({"kv_keep": 0}, "kv_keep=0: must be a number in (0, 1]"),
         ({"kv_keep": 1.01}, "must be a number in (0, 1]"),
         ({"kv_keep": "half"}, "kv_keep='half': must be a number in (0, 1]"),
-        ({"kv_budget": 3}, "at least 12"),
+        ({"kv_budget": 3}, "at least 36"),
         ({"kv_budget": 99.5}, "whole number"),
         ({"kv_keep": 0.5, "kv_budget": 64}, "not both"),
         ({"kv_compress": "perhaps"}, "must be true or false"),
