@@ -11,7 +11,7 @@ import pytest
 from letters import Letters
 
 from uncomp.eval.engines.base import Answer, Ask, EngineError
-from uncomp.eval.methods import Method
+from uncomp.eval.methods import METHODS, Method
 from uncomp.eval.run import pipeline
 from uncomp.eval.run.plan import Plan, PlanError
 from uncomp.eval.run.records import Case
@@ -104,7 +104,7 @@ def test_from_plan_to_report(tmp_path: Path) -> None:
     assert {s.facts["length"] for s in scores} == {4096}
     facts = store.facts()
     assert facts["model"] == "org/m"
-    assert facts["methods"]["snapkv"]["settings"] == {"policy": "uniform"}
+    assert facts["methods"]["snapkv"]["settings"] == METHODS["snapkv"].settings
     assert all(file["sha256"] and file["tasks"] == ["needle"] for file in facts["data"])
     assert {file.name for file in files} >= {"report.html", "report.md", "rows.csv"}
     assert all(file.stat().st_size > 100 for file in files)
