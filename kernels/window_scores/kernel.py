@@ -229,7 +229,8 @@ def scores_kernel(
         else:
             score = tl.zeros((BLOCK_N,), tl.float32)
             member_score = tl.zeros((BLOCK_N,), tl.float32)
-            for tile in range(TILES):
+            # Pipelined, the queries of several tiles would take the registers that the logits need.
+            for tile in tl.range(TILES, num_stages=1):
                 queries, step, number, real = query_tile(
                     queries_ptr, tile, window, stride_token, stride_head,
                     GROUP, WINDOW_TILE, ROWS, HEAD_SIZE, SIZE_TILE, DOT_TYPE,

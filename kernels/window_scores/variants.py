@@ -83,6 +83,7 @@ VARIANTS: list[Variant] = [
     *_passes(128, tl.bfloat16, window=64, maximum=True),
     *_passes(128, tl.bfloat16, window=32, over_max=True),
     *_passes(64, tl.float16, group=7, window=32, over_max=True),
+    *_passes(256, tl.bfloat16, window=32, over_max=True),
     *(variant for config in CONFIGS[2:] for variant in _passes(128, tl.bfloat16, config)),
     _combine,
 ]
