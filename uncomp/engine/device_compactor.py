@@ -148,6 +148,8 @@ class DeviceCompactor:
             8 * heads * caches.head_size**2,  # Gram and covariance; the latter is scratch later
             4 * heads * (caches.head_size**2 + 10 * padded + 16),
             scratch_bytes(caches, requests, blocks),
+            # What dealing by score compares; beside the arena, but it must stay as small.
+            24 * heads * entries * self.policy.deals_by_score,
         )
         return sum(aligned(size) + 4096 for size in sizes)
 

@@ -127,7 +127,9 @@ class CompactingWorker(_Worker):
             "runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__name__}",
             "backends": sorted({type(layer.impl).__name__ for layer in layers.values()}),
             "layers": len(layers),
-            "rotary_layers": sum(found is not None for found in self._rotaries()),
+            "rotary_layers": sum(
+                found is not None for found in rotaries(self.model_runner.get_model(), layers)
+            ),
             "orders_run": self._seat.orders_run if self._seat else 0,
         }
 
@@ -173,13 +175,21 @@ class CompactingWorker(_Worker):
         Raises:
             RuntimeError: the policy has to know, and this model does not tell.
         """
-        found = rotaries(self.model_runner.get_model(), self._attention_layers())
-        if self._policy.needs_rotary and not all(found) and self._has_rope():
+        model = self.model_runner.get_model()
+        found = rotaries(model, self._attention_layers())
+        if all(found) or not self._has_rope():
+            return found
+        where = f"uncomp: RoPE was not found in {type(model).__name__}"
+        if self._policy.needs_rotary:
             raise RuntimeError(
-                f"uncomp: policy {self._policy.name!r} takes RoPE back from the keys, but in "
-                f"{type(self.model_runner.get_model()).__name__} it was not found; use another "
-                f"policy, e.g. key_difference"
+                f"{where}, and policy {self._policy.name!r} takes it back from the keys; use "
+                f"another policy, e.g. key_difference"
             )
+        # A request may bring such a policy, and an error then would end the engine for all.
+        logger.warning(
+            "%s: requests with kv_policy=prerope_key_difference are scored like key_difference",
+            where,
+        )
         return found
 
     def _has_rope(self) -> bool:
