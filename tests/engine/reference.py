@@ -123,6 +123,8 @@ class Reference:
                 continue
             dropped = position.expand(heads, -1) < compaction.tail
             for head, kept in enumerate(compaction.kept[layer]):
-                dropped[head, torch.tensor(kept)] = False
+                dropped[head, torch.tensor(kept, dtype=torch.int64)] = (
+                    False  # a head may keep nothing
+                )
             hidden[:, compaction.num_tokens :] |= dropped.unsqueeze(1)
         return hidden
