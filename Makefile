@@ -4,6 +4,8 @@
 VENV ?= $(if $(and $(VIRTUAL_ENV),$(wildcard $(VIRTUAL_ENV)/lib/python3*/site-packages/vllm)),$(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 ARGS ?=
+# test files that run side by side; they share the cores
+JOBS ?= 2
 
 # The root must stay off sys.path: its folder kernels/ would shadow the PyPI package of that name.
 export PYTHONSAFEPATH = 1
@@ -14,7 +16,7 @@ demo: install ## compressed and uncompressed answers of a small real model, side
 	$(BIN)/uncomp demo $(ARGS)
 
 test: install ## the whole test suite; a part of it: make test ARGS='tests/packaging -x'
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ def test_is_immutable() -> None:
         ({"keep": 0.5, "window": 257}, "window=257"),
         ({"keep": 0.5, "window": None}, "window=None: must be of type int"),
         ({"keep": 0.5, "sinks": -1}, "sinks=-1: must be at least 0"),
-        ({"keep": 0.5, "pooling": 0}, "pooling=0: must be at least 1"),
+        ({"keep": 0.5, "pooling": 0}, "pooling=0: must be between 1 and 1024"),
         ({"keep": 0.5, "pooling": 4, "pooling_kind": "max"}, "pooling=4: must be odd"),
         ({"keep": 0.5, "pooling_kind": "mean"}, r"pooling_kind='mean': must be one of"),
         ({"keep": 0.5, "window_reduce": "mean"}, r"window_reduce='mean': must be one of"),

@@ -149,7 +149,7 @@ class UncompConfig:
         self._check_range("budget", self.budget, self.window + self.sinks)
         self._check_range("window", self.window, 1, 256)
         self._check_range("sinks", self.sinks, 0)
-        self._check_range("pooling", self.pooling, 1)
+        self._check_range("pooling", self.pooling, 1, 1024)
         self._check_range("groups", self.groups, 1)
         self._check_range("truncation", self.truncation, 1)
         self._check_range("online_tokens", self.online_tokens, 64)

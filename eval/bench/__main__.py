@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=float, default=cpu.Setting.keep)
     parser.add_argument("--policy", default=cpu.Setting.policy)
     parser.add_argument("--threads", default=cpu.Setting.threads, help="cores, e.g. 0-1")
+    parser.add_argument("--dtype", default=cpu.Setting.dtype, help="float32 where bfloat16 is slow")
     parser.add_argument("--name", help="of the rows' file (default: the benchmark's)")
     parser.add_argument("--dry", action="store_true", help="print only, write no rows")
     given = parser.parse_args(arguments)
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.keep,
         given.policy,
         threads=given.threads,
+        dtype=given.dtype,
     )
     found = cpu.bench(setting, say)
     print(rows.table(found))

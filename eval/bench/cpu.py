@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+from uncomp.config import UncompConfig
 from uncomp.eval.bench.engines import run_arm
 from uncomp.eval.bench.rows import Row, judge
 
@@ -50,6 +51,8 @@ class Setting:
         rounds, repeat: engines per arm of the off-means-off comparison, and runs of each engine.
             Engines differ by more than runs do, so an engine counts with its median run.
         threads: cores given to the engine, vLLM's ``VLLM_CPU_OMP_THREADS_BIND`` syntax.
+        dtype: of the model and its cache; "auto" is the checkpoint's. A CPU without bfloat16 of its
+            own is many times faster in float32.
     """
 
     model: str
@@ -57,11 +60,18 @@ class Setting:
     tokens: int = 6000
     output: int = 128
     keep: float = 0.05
-    policy: str = "entropy"
+    policy: str = UncompConfig.policy
     block_size: int = 32
     rounds: int = 4
     repeat: int = 3
     threads: str = "0-1"
+    dtype: str = "auto"
+
+    @property
+    def load(self) -> str:
+        """What the long requests are, for the rows."""
+        dtype = "" if self.dtype == "auto" else f" in {self.dtype}"
+        return f"{self.requests} x {self.tokens} tokens{dtype}"
 
     @property
     def per_request_blocks(self) -> int:
@@ -74,6 +84,7 @@ class Setting:
         cores = len(self.threads.split("-"))
         engine: dict[str, Any] = {
             "max_model_len": self.tokens + self.output + self.block_size,
+            "dtype": self.dtype,
             "max_num_seqs": 2 * self.requests,
             "max_num_batched_tokens": 2048,
             "block_size": self.block_size,
@@ -150,7 +161,7 @@ def _decode_rows(
     rate = arm["compressed"][0]["decode_rate"]
     full = arm["full"][0]["decode_rate"]
     bound = statistics.median(stock)
-    what = f"{setting.requests} x {setting.tokens} tokens"
+    what = setting.load
     return [
         _row(f"{what}, keep {setting.keep}", "decode throughput", "tokens/s", [rate]),
         _row(f"{what}, full KV, same pool", "decode throughput", "tokens/s", [full]),
@@ -169,7 +180,7 @@ def _cost_rows(setting: Setting, arm: dict[str, Any]) -> list[Row]:
     run = arm["compressed"][0]
     counters = run["counters"]
     spent = counters["score_seconds"] + counters["move_seconds"]
-    what = f"{setting.requests} x {setting.tokens} tokens, keep {setting.keep}"
+    what = f"{setting.load}, keep {setting.keep}"
     kept = counters["tokens_kept"] / counters["tokens_seen"]
     return [
         _row(what, "prefill", "s", [run["prefill_seconds"]]),

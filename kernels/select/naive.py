@@ -63,7 +63,8 @@ def ema_pool(raw: Tensor, length: int, limit: Tensor | None = None) -> Tensor:
     of `reach(before)`.
 
     Args:
-        raw: `[H, N]` float scores; may be anything, NaN included, from `limit` on.
+        raw: `[H, N]` float scores, finite below `limit` (probabilities are); may be anything, NaN
+            included, from there on.
         length: entries after which a score has fallen by e, at least 1.
         limit: `[H]` int64; only entries below `limit[h]` take part. None: all.
 

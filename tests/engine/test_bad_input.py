@@ -41,6 +41,7 @@ def _configure(model: Path, settings: Any, **arguments: Any) -> Any:
         ({"budget": 100, "window": 97}, "budget=100: must be at least 101.*window"),
         ({"keep": 0.25, "policy": "entropyy"}, "policy='entropyy'.*entropy.*uniform"),
         ({"keep": 0.25, "pooling": 4, "pooling_kind": "max"}, "pooling=4: must be odd"),
+        ({"keep": 0.25, "pooling": 4096}, "pooling=4096: must be between 1 and 1024"),
         ({"keep": 0.25, "window": 0}, "window=0: must be between 1"),
         ({"keep": 0.25, "recompact_every": -1}, "recompact_every=-1: must be at least 0"),
         ({"keep": 0.25, "ratios": 2.0}, r"unknown uncomp setting \['ratios'\].*'ratio'"),

@@ -82,6 +82,8 @@ def choices(
     request: pytest.FixtureRequest, demo_model: Path
 ) -> tuple[str, dict[str, dict[str, Choice]]]:
     """(dtype, situation -> prompt -> what was chosen)."""
+    if request.param == "bfloat16":
+        request.getfixturevalue("bfloat16_at_length")
     source = Source(demo_model)
     asks = [Ask(f"{n} tokens", source.take(n), tokens=2) for n in (250, 1200)]
     others = [Ask(f"other {i}", source.take(30 + 25 * i), tokens=12) for i in range(16)]

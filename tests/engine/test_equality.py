@@ -103,6 +103,8 @@ def runs(
 ) -> Runs:
     """All engines one after another, then the reference."""
     dtype = request.param
+    if dtype == "bfloat16":
+        request.getfixturevalue("bfloat16_at_length")
     traffic = [s for s in scenarios(demo_model) if s.name in SERVED[dtype]]
     arguments = {"dtype": dtype, "kv_cache_memory_bytes": 600_000_000}
     of = {}

@@ -61,7 +61,11 @@ def task(demo_model: Path, tmp_path: Path) -> Path:
 
 
 def test_generation_task(
-    demo_model: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_model: Path,
+    served_dtype: str,
+    task: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -70,10 +74,11 @@ def test_generation_task(
     trace = tmp_path / "trace"
     arguments: dict[str, Any] = {
         "pretrained": str(demo_model),
+        "dtype": served_dtype,
         "max_model_len": 1024,
         "add_bos_token": False,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": 200_000_000,
+        "kv_cache_memory_bytes": 400_000_000,
         "additional_config": {"uncomp": {"keep": 0.5, "trace": str(trace)}},
     }
     output = tmp_path / "output"

@@ -26,7 +26,7 @@ RANKS: dict[str, dict[str, Any]] = {
     },
 }
 SETTINGS = {"policy": "entropy", "keep": 0.25, "min_tokens": 64, "recompact_every": 32}
-SETTINGS |= {"groups": 4, "ratio": 4}
+SETTINGS |= {"groups": 4, "ratio": 4, "window": 8}
 
 
 @pytest.fixture(scope="module")

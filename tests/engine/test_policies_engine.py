@@ -260,6 +260,7 @@ def test_calibration_file_decides_budgets(demo_model: Path, tmp_path: Path) -> N
     dataclasses.replace(made, entropy=entropy).save(file)
     settings = {
         **SETTINGS,
+        "policy": "entropy",
         "trace": str(tmp_path / "trace"),
         "calibration": str(file),
         "source": "queries",

@@ -21,16 +21,21 @@ from uncomp.eval.engines.http import HttpEngine
 from uncomp.eval.methods import METHODS, cases, find
 
 LIMIT, BLOCK = 1024, 32
+ALWAYS = 4 + 32  # sinks and window
+#: bytes of about 80 blocks
+POOL = {"bfloat16": 60_000_000, "float32": 120_000_000}
 _salt = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    demo_model: Path, served_dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     arguments = [
         str(demo_model), "--served-model-name", "m", "--kv-keep", "0.25", "--kv-min-tokens", "64",
         "--max-model-len", str(LIMIT), "--max-num-seqs", "8", "--enforce-eager",
-        "--kv-cache-memory-bytes", "60000000",
+        "--kv-cache-memory-bytes", str(POOL[served_dtype]), "--dtype", served_dtype,
         "--structured-outputs-config.backend", "xgrammar",
         "--structured-outputs-config.disable_any_whitespace", "true",
         "--logits-processors", "uncomp.eval.engines.forced:ForcedTokens",
@@ -103,8 +108,8 @@ def test_opt_out(server: Server, moved: Callable[[], dict[str, float]], off: Any
         ({"kv_budget": 100000}, 0),
         ({"kv_keep": 0.5}, 16 - 8),
         ({"kv_keep": 1}, 0),
-        ({"kv_protect": "0:200"}, 16 - math.ceil((200 + 12) / BLOCK)),
-        ({"kv_protect": ["0:100", "-100:"]}, 16 - math.ceil((200 + 12) / BLOCK)),
+        ({"kv_protect": "0:200"}, 16 - math.ceil((200 + ALWAYS) / BLOCK)),
+        ({"kv_protect": ["0:100", "-100:"]}, 16 - math.ceil((200 + ALWAYS) / BLOCK)),
         ({"kv_protect": ":", "kv_keep": 0.1}, 0),
     ],
     ids=json.dumps,

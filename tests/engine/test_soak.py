@@ -31,7 +31,8 @@ ENGINE = {
     "max_num_seqs": 24,
     "max_num_batched_tokens": 512,
 }
-SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32}
+# A small window, so that short prompts are worth compressing too.
+SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32, "window": 8}
 #: blocks of the pool: one long request takes half of it
 POOL = 44
 AT_ONCE = 40

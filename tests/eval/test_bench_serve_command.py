@@ -165,16 +165,19 @@ def test_benches_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.engine
 def test_two_real_servers(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_model: Path, served_dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole command; then again, which must find everything done."""
+    blocks = 80
+    pool = blocks * 32 * 30 * 3 * 2 * 64 * {"bfloat16": 2, "float32": 4}[served_dtype]
     command = [
         str(Path(sys.executable).with_name("uncomp")), "bench", "serve", str(demo_model),
-        "--kv-keep", "0.25", "--kv-min-tokens", "64", *POOL, "--concurrency", "2",
+        "--kv-keep", "0.25", "--kv-min-tokens", "64", "--pool-bytes", str(pool),
+        "--concurrency", "2",
         "--requests", "2", "--prompt-tokens", "512", "--output-tokens", "16", "--rounds", "1",
         "--interval", "0.05", "--warm-up", "0", "--results", str(tmp_path),
         "--", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager",
-        "--block-size", "32",
+        "--block-size", "32", "--dtype", served_dtype,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -187,7 +190,7 @@ def test_two_real_servers(
         assert metrics["output_throughput"][0] > 0
         assert 0 < metrics["ttft_p50"][0] <= metrics["ttft_p99"][0]
     # 16 blocks of prompt and one of output, twice; a quarter of the prompt and one of output
-    assert full["held_peak_share"][0] == pytest.approx(100 * 34 / 80, abs=3)
+    assert full["held_peak_share"][0] == pytest.approx(100 * 34 / blocks, abs=3)
     assert compressed["compactions"][0] == 2
     assert "compactions" not in full
     # When both prefill neither is compacted: the peak is lower for sure, the end is a quarter.

@@ -309,7 +309,7 @@ def test_space() -> None:
     assert len(space.all()) == 2 + 4
     for bad, says in (
         ({"policies": ("best",)}, "unknown policy 'best'"),
-        ({"poolings": (0,)}, "pooling=0: must be at least 1"),
+        ({"poolings": (0,)}, "pooling=0: must be between 1 and 1024"),
         ({"windows": ()}, "at least one value"),
         ({"keeps": (2.0,)}, r"keep=2\.0"),
     ):

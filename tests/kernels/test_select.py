@@ -227,7 +227,7 @@ def test_pooling_matches_the_definition_and_ignores_what_lies_beyond_the_limit(r
 
 
 @pytest.mark.parametrize(
-    ("length", "after", "before"), [(1, 4, 4), (2, 8, 4), (5, 32, 16), (16, 64, 32)]
+    ("length", "after", "before"), [(1, 4, 4), (2, 8, 4), (5, 32, 16), (16, 64, 32), (40, 256, 128)]
 )
 @pytest.mark.parametrize("entries", [1, 7, 150])
 def test_moving_average_is_its_definition(

@@ -8,7 +8,7 @@ from paged_cases import make_case
 from torch import Tensor
 
 from uncomp.kernels.paged import Rows, head_lengths, sub_blocks
-from uncomp.kernels.select import pool_scores, top_entries
+from uncomp.kernels.select import launch, pool_scores, top_entries
 from uncomp.kernels.select.launch import Terms, choose, limits, pool
 from uncomp.kernels.variant import Config
 
@@ -169,6 +169,16 @@ def test_pooling_reaches_across_tiles():
 @pytest.mark.parametrize("length", [1, 2, 5, 16])
 @pytest.mark.parametrize("lengths", [None, [2100], [1, 70, 1024]])
 def test_moving_average(length, lengths):
+    check_moving_average(length, lengths)
+
+
+def test_moving_average_reaches_over_whole_tiles(monkeypatch):
+    """64 entries on and 32 back, in tiles of 16."""
+    monkeypatch.setattr(launch, "POOL_CONFIGS", (Config({"TILE": 16}),))
+    check_moving_average(16, [150])
+
+
+def check_moving_average(length, lengths):
     terms = (
         make_terms() if lengths is None else make_terms(lengths, [None] * len(lengths), window=4)
     )
@@ -176,7 +186,7 @@ def test_moving_average(length, lengths):
     out = torch.full_like(raw, NAN)
     assert pool(raw, terms, length, out, kind="ema") is out
     expected = pooled_by_reference(terms, raw, length, "ema")
-    # Sums of at most 96 positive float32 numbers in another order, weights rounded once more.
+    # Sums of positive float32 numbers in another order, weights rounded once more.
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=0, equal_nan=True)
 
 
