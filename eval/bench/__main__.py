@@ -1,6 +1,7 @@
 """``python -m uncomp.eval.bench NAME``: run a benchmark, print its table, write its rows.
 
-cpu  throughput, memory and overhead on the CPU engine (about ten minutes)
+cpu  throughput, memory and overhead on the CPU engine (ten minutes with bfloat16 in
+     hardware; an hour and more with --dtype float32 on a CPU without)
 gpu  kernels and engine on a GPU; has options of its own: gpu --help
 """
 
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--policy", default=cpu.Setting.policy)
     parser.add_argument("--threads", default=cpu.Setting.threads, help="cores, e.g. 0-1")
     parser.add_argument("--dtype", default=cpu.Setting.dtype, help="float32 where bfloat16 is slow")
+    parser.add_argument(
+        "--rounds", type=int, default=cpu.Setting.rounds, help="of engines that do not compress"
+    )
     parser.add_argument("--name", help="of the rows' file (default: the benchmark's)")
     parser.add_argument("--dry", action="store_true", help="print only, write no rows")
     given = parser.parse_args(arguments)
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.output,
         given.keep,
         given.policy,
+        rounds=given.rounds,
         threads=given.threads,
         dtype=given.dtype,
     )
