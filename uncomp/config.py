@@ -15,6 +15,7 @@ MEASURES = ("raw", "renormalized", "full")
 SOURCES = ("keys", "queries")
 REDUCTIONS = ("sum", "max")
 POOLINGS = ("max", "ema")
+PREFILL_SCORES = ("attention", "handed-on")
 OVERRIDES = ("allow", "tighten", "forbid")
 
 #: Published settings (method: UNComp). ``from_mapping`` fills them in where nothing is given.
@@ -110,6 +111,28 @@ class UncompConfig:
     online_tokens: int = field(
         default=1024, metadata=_meta("tokens sampled per head for the online entropy")
     )
+    prefill_keep: float | None = field(
+        default=None,
+        metadata=_meta(
+            "prefill token pruning: fraction of a prompt's tokens that enters the last stage of "
+            "layers, in (0, 1]; the others stop on the way there. 1 prunes nothing unless a "
+            "request asks (kv_prefill_keep)"
+        ),
+    )
+    prefill_scores: str = field(
+        default="attention",
+        metadata=_meta("which tokens go on: attention (UNComp) or handed-on (see docs/prefill.md)"),
+    )
+    prefill_stages: str | None = field(
+        default=None,
+        metadata=_meta(
+            "first layers of the stages after the first, e.g. 2,15,26,31; without it the largest "
+            "drops of the calibration's entropy"
+        ),
+    )
+    prefill_floor: int = field(
+        default=1536, metadata=_meta("no stage of layers reads fewer tokens of a prompt than this")
+    )
     min_tokens: int = field(default=256, metadata=_meta("shorter sequences are never compressed"))
     recompact_every: int = field(
         default=512,
@@ -146,6 +169,9 @@ class UncompConfig:
             )
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep}: must be in (0, 1], e.g. 0.25")
+        if self.prefill_keep is not None:
+            self._check_prefill(self.prefill_keep)
+        self._check_range("prefill_floor", self.prefill_floor, 0)
         self._check_range("budget", self.budget, self.window + self.sinks)
         self._check_range("window", self.window, 1, 256)
         self._check_range("sinks", self.sinks, 0)
@@ -168,6 +194,7 @@ class UncompConfig:
         self._check_choice("reduce", self.reduce, REDUCTIONS)
         self._check_choice("window_reduce", self.window_reduce, REDUCTIONS)
         self._check_choice("measure", self.measure, MEASURES)
+        self._check_choice("prefill_scores", self.prefill_scores, PREFILL_SCORES)
         self._check_choice("source", self.source, SOURCES)
         self._check_choice("overrides", self.overrides, OVERRIDES)
         self._check_choice("policy", self.policy, (*_policy_names(), *PRESETS))
@@ -176,6 +203,20 @@ class UncompConfig:
                 f"policy={self.policy!r} with source='queries' needs a calibration file: run "
                 f"`uncomp calibrate MODEL -o FILE` and set calibration=FILE, or use source='keys'"
             )
+
+    def _check_prefill(self, keep: float) -> None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"prefill_keep={keep}: must be in (0, 1], e.g. 0.5")
+        if self.prefill_stages is None and self.calibration is None:
+            raise ValueError(
+                f"prefill_keep={keep} needs to know the stages of the model: run `uncomp calibrate "
+                f"MODEL -o FILE` and set calibration=FILE, or name their first layers, e.g. "
+                f"prefill_stages='2,15,26,31'"
+            )
+        if self.prefill_stages is not None:
+            from uncomp.pruning import parse_layers
+
+            parse_layers(self.prefill_stages)
 
     @property
     def policy_name(self) -> str:

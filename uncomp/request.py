@@ -10,6 +10,7 @@
 ``kv_settings``     own settings of the policy, an object or JSON text: ``{"pooling": 7}``
 ``kv_compact_at``   compress after this many prompt tokens instead of after the whole prompt, before
                     the rest is read (negative: counted from the end)
+``kv_prefill_keep`` own fraction of the prompt's tokens that enters the last layers; 1: all of them
 ``kv_report``       ``true``: the answer says what was kept (``kv_transfer_params.uncomp``)
 ==================  ===============================================================================
 """
@@ -32,6 +33,7 @@ KEYS = (
     "kv_policy",
     "kv_settings",
     "kv_compact_at",
+    "kv_prefill_keep",
     "kv_report",
 )
 _SLICE = re.compile(r"^\s*(-?\d+)?\s*:\s*(-?\d+)?\s*$")
@@ -52,6 +54,7 @@ class RequestSettings:
         report: whether the answer says what was kept.
         compact_at: prompt tokens after which to compress first, fewer than all of them; ``None`` =
             after all of them.
+        prefill_keep: fraction of the prompt's tokens that enters the last stage of layers; 1 = all.
     """
 
     compress: bool
@@ -61,6 +64,7 @@ class RequestSettings:
     own: UncompConfig | None = None
     report: bool = False
     compact_at: int | None = None
+    prefill_keep: float = 1.0
 
     @property
     def protected_tokens(self) -> int:
@@ -99,8 +103,31 @@ def request_settings(
     compact_at = given.get("kv_compact_at")
     if compact_at is not None:
         compact_at = _place(compact_at, prompt_tokens)
+    prefill_keep = _prefill_keep(given, config) if compress else 1.0
+    if compact_at is not None and prefill_keep < 1:
+        raise RequestError(
+            "kv_compact_at reads a prompt in parts, and pruning needs the whole of it: add "
+            "kv_prefill_keep=1"
+        )
     compress = compress and keep != 1.0
-    return RequestSettings(compress, keep, budget, protect, own, report, compact_at)
+    return RequestSettings(compress, keep, budget, protect, own, report, compact_at, prefill_keep)
+
+
+def _prefill_keep(given: Mapping[str, Any], config: UncompConfig) -> float:
+    if "kv_prefill_keep" not in given:
+        return config.prefill_keep if config.prefill_keep is not None else 1.0
+    asked = _ratio(given["kv_prefill_keep"], "kv_prefill_keep")
+    if asked < 1 and config.prefill_keep is None:
+        raise RequestError(
+            f"kv_prefill_keep={asked}: this server prunes no prompts; start it with "
+            f"--prefill-keep 1 to let requests ask for it"
+        )
+    if config.overrides == "tighten" and asked < (config.prefill_keep or 1.0):
+        raise RequestError(
+            f"kv_prefill_keep={asked}: on this server a request may only ask for more than the "
+            f"default of {config.prefill_keep}"
+        )
+    return asked
 
 
 def _own(given: Mapping[str, Any], config: UncompConfig) -> UncompConfig | None:
@@ -146,13 +173,13 @@ def _switch(name: str, value: Any) -> bool:
     return choice
 
 
-def _ratio(value: Any) -> float:
+def _ratio(value: Any, name: str = "kv_keep") -> float:
     try:
         ratio = float(value)
     except (TypeError, ValueError):
         ratio = float("nan")
     if isinstance(value, bool) or not 0 < ratio <= 1:
-        raise RequestError(f"kv_keep={value!r}: must be a number in (0, 1], e.g. 0.25")
+        raise RequestError(f"{name}={value!r}: must be a number in (0, 1], e.g. 0.25")
     return ratio
 
 

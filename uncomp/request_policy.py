@@ -29,6 +29,8 @@ SETTABLE = (
     "truncation",
     "calibration",
     "online_tokens",
+    "prefill_scores",
+    "prefill_floor",
     "min_tokens",
     "recompact_every",
     "seed",

@@ -47,3 +47,25 @@ def kept_tokens(stage: int, count: int, most: int, least: int) -> int:
     if count == 1:
         return most
     return least + (most - least) // (count - 1) * (count - 1 - stage)
+
+
+def largest_drops(entropies: Sequence[float], count: int) -> tuple[int, ...]:
+    """First layers of the stages after the first: where the entropy falls most.
+
+    Scale-free: needs no threshold per model, unlike `stages`.
+
+    Args:
+        entropies: one number per layer, from the first layer to the last.
+        count: stages wanted, at least 1; there are fewer where the entropy falls less often.
+
+    Returns:
+        At most `count - 1` layers, ascending, all at least 1. Equal drops: the earlier layer.
+
+    Raises:
+        ValueError: `count` below 1.
+    """
+    if count < 1:
+        raise ValueError(f"the number of stages must be at least 1, got {count}")
+    drops = {layer: a - b for layer, (a, b) in enumerate(pairwise(entropies), 1) if a > b}
+    deepest = sorted(drops, key=lambda layer: (-drops[layer], layer))
+    return tuple(sorted(deepest[: count - 1]))

@@ -192,7 +192,15 @@ class Engine:
         """Trace records (of one request) in the order written."""
         if self.settings is None:
             return []
-        path = Path(self.settings["trace"], "kept-0.jsonl")
+        return self._read("kept-0.jsonl", request_id)
+
+    def pruned(self, request_id: str) -> list[dict[str, Any]]:
+        """What of its prompt went how far, in the order written."""
+        return self._read("pruned-0.jsonl", request_id)
+
+    def _read(self, name: str, request_id: str | None) -> list[dict[str, Any]]:
+        assert self.settings is not None
+        path = Path(self.settings["trace"], name)
         if not path.exists():
             return []
         lines = path.read_text(encoding="utf-8").splitlines()

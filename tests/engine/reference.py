@@ -71,14 +71,20 @@ class Reference:
         )
         self.model = model.eval()
         self._compactions: Sequence[Compaction] = ()
+        self._pruned: dict[str, Any] | None = None
 
     def logprobs(
-        self, prompt: Sequence[int], generated: Sequence[int], trace: Sequence[dict[str, Any]] = ()
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        trace: Sequence[dict[str, Any]] = (),
+        pruned: Sequence[dict[str, Any]] = (),
     ) -> Tensor:
         """Log-probabilities [generated, vocabulary] float32 of every next token, teacher-forced.
 
         Args:
             trace: the request's trace records in the order written; empty: nothing was dropped.
+            pruned: the same of what stopped on the way through the layers, one per epoch.
         """
         runs = epochs(trace) or [[]]
         first = len(prompt)
@@ -87,11 +93,11 @@ class Reference:
         begins = [first] + [run[0].num_tokens for run in runs[1:]]
         ends = [*begins[1:], first + len(generated)]
         tokens = [*prompt, *generated]
-        parts = [
-            self._forward(tokens[: end - 1], run, end - begin)
-            for run, begin, end in zip(runs, begins, ends, strict=True)
-            if end > begin
-        ]
+        parts = []
+        for epoch, (run, begin, end) in enumerate(zip(runs, begins, ends, strict=True)):
+            if end > begin:
+                self._pruned = pruned[epoch] if pruned else None
+                parts.append(self._forward(tokens[: end - 1], run, end - begin))
         return torch.cat(parts)
 
     @torch.inference_mode()
@@ -118,6 +124,8 @@ class Reference:
         """[KV heads, queries, keys] bool, True where a query does not see a key."""
         position = torch.arange(length)
         hidden = (position > position.unsqueeze(1)).repeat(heads, 1, 1)
+        if self._pruned is not None:
+            hidden |= self._stopped(layer, length).unsqueeze(0)
         for compaction in self._compactions:
             if compaction.num_tokens >= length:
                 continue
@@ -128,3 +136,14 @@ class Reference:
                 )
             hidden[:, compaction.num_tokens :] |= dropped.unsqueeze(1)
         return hidden
+
+    def _stopped(self, layer: int, length: int) -> Tensor:
+        """[queries, keys] bool: keys of tokens that did not come as far as this layer.
+
+        Such a token goes on seeing itself; what becomes of it is of no interest to the others.
+        """
+        assert self._pruned is not None
+        stage = sum(start <= layer for start in self._pruned["starts"]) - 1
+        stopped = torch.arange(length) < self._pruned["num_tokens"]
+        stopped[torch.tensor(self._pruned["kept"][stage])] = False
+        return stopped.expand(length, -1) & ~torch.eye(length, dtype=torch.bool)

@@ -233,7 +233,7 @@ def test_no_free_block_postpones_the_order() -> None:
 
 @pytest.mark.parametrize(
     "receipts",
-    [[], [Receipt("a", 2, 1, 1, 0, 0)], [Receipt("b", 1, 1, 1, 0, 0)]],
+    [[], [Receipt("a", 2, 1, 1, 0, 0, 1)], [Receipt("b", 1, 1, 1, 0, 0, 1)]],
     ids=["none", "other-generation", "other-request"],
 )
 def test_receipts_that_do_not_match_stop_the_engine(receipts: list[Receipt]) -> None:

@@ -57,7 +57,9 @@ class Model:
         entropy = torch.rand(LAYERS, HEADS) if self.random.random() < 0.5 else None
         width = max(len(n) for layer in kept for n in layer)
         self.tables.place(
-            order,
+            name,
+            order.generation,
+            order.full_blocks,
             torch.tensor([[len(n) for n in layer] for layer in kept]),
             _padded(kept, width),
             _padded(positions, width * SIZE).int(),

@@ -13,7 +13,14 @@ from uncomp.config import PRESETS, UncompConfig
 
 #: Exclusive settings: naming one at a higher level takes the other of a lower level back.
 _EXCLUSIVE = {"keep": "budget", "budget": "keep"}
-_METAVARS = {"float": "X", "int": "N", "str": "TEXT", "calibration": "FILE", "trace": "FOLDER"}
+_METAVARS = {
+    "float": "X",
+    "int": "N",
+    "str": "TEXT",
+    "calibration": "FILE",
+    "trace": "FOLDER",
+    "prefill_stages": "LAYERS",
+}
 
 
 class SettingsError(ValueError):
@@ -47,8 +54,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a setting: ``min_tokens`` -> ``--kv-min-tokens``."""
-    return "--kv-" + name.replace("_", "-")
+    """The command-line flag of a setting: ``min_tokens`` -> ``--kv-min-tokens``.
+
+    Those of the prefill are not about the KV cache: ``prefill_keep`` -> ``--prefill-keep``.
+    """
+    prefix = "--" if name.startswith("prefill_") else "--kv-"
+    return prefix + name.replace("_", "-")
 
 
 def normalized(argv: list[str]) -> list[str]:

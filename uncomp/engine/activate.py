@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 from uncomp.config import UncompConfig
 from uncomp.engine import admission, compat, conflicts, metrics
-from uncomp.engine.calibrated import load_checked
+from uncomp.engine.calibrated import load_checked, schedule_of
 from uncomp.engine.settings import make_policy, requested
 from uncomp.patches.apply import apply_all
 
@@ -53,6 +53,7 @@ def activate(vllm_config: VllmConfig) -> UncompConfig | None:
     conflicts.check_config(vllm_config)
     make_policy(config)
     load_checked(config, vllm_config.model_config.hf_text_config)
+    schedule_of(config, vllm_config.model_config.hf_text_config)
     asynchronous = vllm_config.scheduler_config.async_scheduling
     vllm_config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER if asynchronous else SCHEDULER
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.device_config.device_type]
@@ -70,9 +71,16 @@ def prepare_arguments(engine_args: Any) -> None:
 
     Model runner: on GPUs vLLM picks the V2 runner for many models; rows are matched to requests
     through the V1 runner.
+
+    Chunked prefill: a prompt is pruned as a whole; without it, vLLM lets a step hold the longest
+    prompt there can be.
     """
-    if not requested(engine_args):
+    config = requested(engine_args)
+    if config is None:
         return
+    is_open = engine_args.max_num_batched_tokens is engine_args.enable_chunked_prefill is None
+    if config.prefill_keep is not None and is_open:
+        engine_args.enable_chunked_prefill = False
     if current_platform.is_cpu():
         if engine_args.block_size is None:
             engine_args.block_size = 32

@@ -62,6 +62,15 @@ class HashesBelow(list[Any]):
         self.limit = limit
 
 
+class Unshared(HashesBelow):
+    """Block hashes of a request whose prompt is pruned: it neither takes blocks of others nor
+    leaves any, because in later layers they hold other tokens' keys and values.
+    """
+
+    def __init__(self, hashes: Sequence[Any]) -> None:
+        super().__init__(hashes, 0)
+
+
 class CompressedManager(FullAttentionManager):
     """Block manager of :class:`CompressedSpec` groups."""
 
@@ -87,7 +96,9 @@ class CompressedManager(FullAttentionManager):
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        if request.request_id not in self.compacted:
+        if request.request_id not in self.compacted and not isinstance(
+            request.block_hashes, Unshared
+        ):
             super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

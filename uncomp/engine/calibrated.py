@@ -8,6 +8,11 @@ from torch import Tensor
 
 from uncomp.calibration.file import Calibration, CalibrationError, load
 from uncomp.config import UncompConfig
+from uncomp.pruning import Schedule, parse_layers
+from uncomp.stages import largest_drops
+
+#: stages of layers, as in the paper's 7B models
+STAGES = 5
 
 
 def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
@@ -16,16 +21,44 @@ def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
     Raises:
         CalibrationError: missing or corrupt file, another model, or another truncation.
     """
-    if config.calibration is None or not config.uses_entropy:
+    if config.calibration is None or not (config.uses_entropy or config.prefill_keep is not None):
         return None
     calibration = load(config.calibration)
     calibration.check_model(hf_config)
+    if not config.uses_entropy:
+        return calibration
     if config.truncation not in (None, calibration.truncation):
         raise CalibrationError(
             f"{config.calibration} holds entropies truncated at {calibration.truncation}, the "
             f"settings ask for truncation={config.truncation}: calibrate again or drop the setting"
         )
     return calibration
+
+
+def schedule_of(config: UncompConfig, hf_config: Any) -> Schedule | None:
+    """Where prompt tokens leave; ``None`` if the settings prune no prompts.
+
+    Without stages of the settings' own: the four largest drops of the queries' full entropy, the
+    mean of a layer's heads (what the published rule sums up, without its threshold per model).
+
+    Raises:
+        ValueError: stages that the model does not have.
+        CalibrationError: see :func:`load_checked`; also one whose entropies never fall.
+    """
+    if config.prefill_keep is None:
+        return None
+    layers = int(hf_config.num_hidden_layers)
+    if config.prefill_stages is not None:
+        return Schedule(parse_layers(config.prefill_stages), layers, config.prefill_floor)
+    calibration = load_checked(config, hf_config)
+    assert calibration is not None  # the settings were checked
+    starts = largest_drops(calibration.scores("queries", "full").mean(1).tolist(), STAGES)
+    if not starts:
+        raise CalibrationError(
+            f"the entropies in {config.calibration} fall from no layer to the next: set "
+            f"prefill_stages to the first layers of the stages"
+        )
+    return Schedule(starts, layers, config.prefill_floor)
 
 
 def rank_entropies(
@@ -36,6 +69,8 @@ def rank_entropies(
     vLLM gives every tensor-parallel rank consecutive KV heads (copies, if there are fewer KV heads
     than ranks).
     """
+    if not config.uses_entropy:
+        return None
     calibration = load_checked(config, vllm_config.model_config.hf_text_config)
     if calibration is None:
         return None

@@ -154,7 +154,15 @@ class Compactor:
         positions = torch.cat([_pad(part.positions, width * self.block_size) for part in parts])
         entropies = [part.entropy for part in parts if part.entropy is not None]
         entropy = torch.cat(entropies) if entropies else None
-        self.requests.place(order, counts, _per_head(dealt, counts), positions, entropy)
+        self.requests.place(
+            order.request_id,
+            order.generation,
+            order.full_blocks,
+            counts,
+            _per_head(dealt, counts),
+            positions,
+            entropy,
+        )
         self._write_trace(order)
         tail = order.num_tokens - order.full_blocks * self.block_size
         tokens = int(counts.sum()) * self.block_size + tail * self.heads * len(self.layers)
@@ -167,6 +175,7 @@ class Compactor:
             tokens,
             score,
             time.perf_counter() - start - score,
+            self.heads * len(self.layers),
         )
 
     def _sub_blocks(self, order: Order) -> Tensor:

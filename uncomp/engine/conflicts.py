@@ -15,6 +15,13 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from uncomp.engine.settings import requested
+
+
+def _prunes(config: VllmConfig) -> bool:
+    asked = requested(config)
+    return asked is not None and asked.prefill_keep is not None
+
 
 class ConflictError(ValueError):
     """Compression was asked for together with something it cannot work with."""
@@ -142,6 +149,45 @@ CONFLICTS: tuple[Conflict, ...] = (
 )
 
 
+#: further ones when prompts are pruned (``prefill_keep``)
+PRUNING_CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        "prefill pruning on a GPU",
+        "it is built for CPUs so far",
+        "drop --prefill-keep",
+        lambda c: c.device_config.device_type != "cpu",
+    ),
+    Conflict(
+        "prefill pruning with pipeline parallelism",
+        "later stages are not told which tokens are left",
+        "set --pipeline-parallel-size 1 or drop --prefill-keep",
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+    ),
+    Conflict(
+        "prefill pruning of prompts that do not fit into one step",
+        "the last queries of the whole prompt choose which of its tokens go on",
+        "set --max-num-batched-tokens to at least --max-model-len, and no "
+        "--long-prefill-token-threshold",
+        lambda c: (
+            c.scheduler_config.max_num_batched_tokens < c.model_config.max_model_len
+            or 0 < c.scheduler_config.long_prefill_token_threshold < c.model_config.max_model_len
+        ),
+    ),
+    Conflict(
+        "prefill pruning with LoRA",
+        "adapters are assigned to the tokens of a step, all of them",
+        "drop --enable-lora or --prefill-keep",
+        lambda c: c.lora_config is not None,
+    ),
+    Conflict(
+        "prefill pruning of a model with positions in several dimensions (M-RoPE)",
+        "a token's position is one number here",
+        "drop --prefill-keep",
+        lambda c: bool(c.model_config.uses_mrope),
+    ),
+)
+
+
 def _cache_dtypes(config: VllmConfig) -> tuple[str, ...]:
     """KV cache dtypes that compression works with."""
     plain = ("auto", "bfloat16", "float16")
@@ -154,7 +200,8 @@ def check_config(config: VllmConfig) -> None:
     Raises:
         ConflictError: naming every conflict at once.
     """
-    found = [c for c in CONFLICTS if c.found(config)]
+    known = CONFLICTS + (PRUNING_CONFLICTS if _prunes(config) else ())
+    found = [c for c in known if c.found(config)]
     if found:
         _refuse([f"{c.feature}: {c.why}; {c.remedy}" for c in found])
 

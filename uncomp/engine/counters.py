@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from uncomp.envs import metrics_dir
 
-REFUSALS = ("opted_out", "invalid_settings", "streaming_input", "no_free_block")
+REFUSALS = ("opted_out", "invalid_settings", "streaming_input", "no_free_block", "prompt_logprobs")
 #: upper bounds of the kept-ratio histogram (kept over seen tokens of one compaction)
 KEPT_RATIO_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 NAMES = (
@@ -38,6 +38,9 @@ NAMES = (
     "block_bytes",
     "requests_running_max",
     "kept_ratio_sum",
+    "prompts_pruned",
+    "prefill_token_layers",
+    "prefill_token_layers_read",
     *(f"refused_{reason}" for reason in REFUSALS),
     *(f"kept_ratio_le_{bound}" for bound in KEPT_RATIO_BUCKETS),
 )

@@ -89,6 +89,14 @@ class SeatedBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         common = common_attn_metadata
+        if self.seat is not None:
+            self.seat.batch(common)
+        return self.metadata(common, common_prefix_len, fast_build)
+
+    def metadata(
+        self, common: Any, common_prefix_len: int = 0, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        """Of a batch, or of what is left of it in later layers."""
         step = self.seat.step_rows(common) if self.seat is not None else None
         if step is None:
             return super().build(common_prefix_len, common, fast_build)

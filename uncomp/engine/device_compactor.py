@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -95,9 +96,7 @@ class DeviceCompactor:
             receipts += self._run_group(list(same), block_table)
         score, move = self.clock.collect()
         first = receipts[0]
-        receipts[0] = Receipt(
-            first.request_id, first.generation, first.tokens_seen, first.tokens_kept, score, move
-        )
+        receipts[0] = replace(first, score_seconds=score, move_seconds=move)
         for job in jobs:
             self._write_trace(job)
         return receipts
@@ -311,7 +310,9 @@ class DeviceCompactor:
             after = order.num_tokens - (order.full_blocks - kept) * size
             each = layers * heads
             receipts.append(
-                Receipt(order.request_id, order.generation, before * each, after * each, 0.0, 0.0)
+                Receipt(
+                    order.request_id, order.generation, before * each, after * each, 0.0, 0.0, each
+                )
             )
         at = to_device(slots, torch.int64, self.caches.device)
         holdings = self.requests.holdings

@@ -6,6 +6,7 @@ What the attention kernels read of it lies in buffers that never move.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,6 +94,10 @@ class DeviceSeat:
         self._plan: StepPlan | None = None
         self._started = False
         self.orders_run = 0
+
+    def pruned_step(self) -> AbstractContextManager[None]:
+        """Prompts are not pruned on devices; refused at start-up."""
+        return nullcontext()
 
     def begin(self, plan: StepPlan, gone: set[str]) -> None:
         """Start a step: forget requests that ended or start over, then check agreement.

@@ -35,6 +35,9 @@ _COUNTERS = {
     "blocks_freed": "KV blocks given back to vLLM's pool by compactions.",
     "score_seconds": "Seconds spent choosing the tokens that stay.",
     "move_seconds": "Seconds spent moving them.",
+    "prompts_pruned": "Prompts whose tokens did not all enter every layer.",
+    "prefill_token_layers": "Tokens times layers of these prompts.",
+    "prefill_token_layers_read": "The same, of tokens that entered their layer.",
 }
 
 

@@ -41,6 +41,25 @@ class Order:
         return self.full_blocks - len(self.kept_blocks)
 
 
+@dataclass(frozen=True)
+class Pruning:
+    """Read one prompt, all of it in this step, with fewer tokens from stage to stage of layers.
+
+    Attributes:
+        request_id: vLLM's request id.
+        num_tokens: of the prompt.
+        kept: tokens that enter each stage after the first.
+        protect: half-open spans of positions that go on in any case.
+        own: settings of the request's own policy; ``None`` = the server's.
+    """
+
+    request_id: str
+    num_tokens: int
+    kept: tuple[int, ...]
+    protect: tuple[tuple[int, int], ...] = ()
+    own: UncompConfig | None = None
+
+
 @dataclass
 class StepPlan:
     """Sent with every step.
@@ -49,13 +68,17 @@ class StepPlan:
         orders: compactions to run after the forward pass.
         record: request id → (first position whose query is recorded for a coming compaction, tokens
             computed once this step has run).
-        generations: compressed requests of this step → how often they were compacted. The worker
-            refuses to run a step when its own state disagrees.
+        generations: compressed requests of this step → how often they were compacted (0: only
+            pruned). The worker refuses to run a step when its own state disagrees.
+        prunings: prompts that are pruned in this step.
+        queries_needed: requests among them whose queries a compaction needs, now or soon.
     """
 
     orders: list[Order] = field(default_factory=list)
     record: dict[str, tuple[int, int]] = field(default_factory=dict)
     generations: dict[str, int] = field(default_factory=dict)
+    prunings: list[Pruning] = field(default_factory=list)
+    queries_needed: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,7 @@ class Receipt:
         tokens_seen: cached tokens before, summed over layers and KV heads of this rank.
         tokens_kept: cached tokens after, the same sum.
         score_seconds, move_seconds: wall time spent choosing and moving.
+        heads: KV heads of all layers of this rank.
     """
 
     request_id: str
@@ -75,3 +99,4 @@ class Receipt:
     tokens_kept: int
     score_seconds: float
     move_seconds: float
+    heads: int

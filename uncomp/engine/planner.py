@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from uncomp.config import UncompConfig
-from uncomp.engine.cache_manager import CompressedManager, HashesBelow
+from uncomp.engine.cache_manager import CompressedManager, HashesBelow, Unshared
 from uncomp.engine.counters import Counters
-from uncomp.engine.orders import Order, Receipt, StepPlan
+from uncomp.engine.orders import Order, Pruning, Receipt, StepPlan
 from uncomp.engine.report import Report
 from uncomp.plan import Target
+from uncomp.pruning import WIDEST, Schedule
 from uncomp.request import RequestError, request_settings
 from uncomp.request_policy import needs_queries
 
@@ -56,6 +57,7 @@ class CompactionPlanner:
         manager: block manager of the only KV-cache group.
         max_model_len: longest sequence the engine accepts.
         counters: where to count.
+        schedule: where prompt tokens leave; ``None``: prompts are not pruned.
     """
 
     def __init__(
@@ -64,25 +66,34 @@ class CompactionPlanner:
         manager: CompressedManager,
         max_model_len: int,
         counters: Counters,
+        schedule: Schedule | None = None,
     ) -> None:
         self.config = config
         self.manager = manager
         self.block_size = manager.block_size
         self.max_model_len = max_model_len
         self.counters = counters
+        self.schedule = schedule
         self.tracked: dict[str, Tracked] = {}
 
     def admit(self, request: Any) -> None:
-        """Note where a new request wants to be compacted in the middle of its prompt."""
-        given = getattr(request.sampling_params, "extra_args", None) or {}
-        if "kv_compact_at" not in given or getattr(request, "resumable", False):
+        """Note whether a new request is pruned, or compacted in the middle of its prompt."""
+        params = request.sampling_params
+        given = getattr(params, "extra_args", None) or {}
+        is_plain = "kv_compact_at" not in given and self.schedule is None
+        if params is None or is_plain or getattr(request, "resumable", False):
             return
         try:
-            place = self._target_of(request).place
+            target = self._target_of(request)
         except RequestError:
             return  # counted and logged when it is scheduled
-        if place is not None:
-            request.block_hashes = HashesBelow(request.block_hashes, place)
+        if target.place is not None:
+            request.block_hashes = HashesBelow(request.block_hashes, target.place)
+        elif self._stages(target, request.num_tokens)[-1] < request.num_tokens:
+            if params.prompt_logprobs is not None:  # they need every token
+                self.counters.refused("prompt_logprobs")
+                return
+            request.block_hashes = Unshared(request.block_hashes)
 
     def chunk(self, request: Any, start: int, wanted: int) -> int:
         """Tokens of a request that may be computed in one step.
@@ -90,7 +101,12 @@ class CompactionPlanner:
         Args:
             start: tokens computed before.
             wanted: at least 0.
+
+        Returns:
+            0: the request has to wait for a step with more room.
         """
+        if isinstance(request.block_hashes, Unshared):
+            return wanted if start or wanted >= request.num_tokens else 0
         place = getattr(request.block_hashes, "limit", None)
         if place is None:
             return wanted
@@ -114,11 +130,14 @@ class CompactionPlanner:
             tracked = self.tracked.get(request_id)
             if tracked is None:
                 continue
-            if tracked.generation:
+            computed = requests[request_id].num_computed_tokens
+            is_pruned = isinstance(requests[request_id].block_hashes, Unshared)
+            if is_pruned and scheduled == computed:
+                self._prune(plan, request_id, tracked, computed)
+            elif is_pruned or tracked.generation:
                 plan.generations[request_id] = tracked.generation
             if tracked.trigger is None:
                 continue
-            computed = requests[request_id].num_computed_tokens
             place = tracked.target.place
             if place is not None and computed - scheduled < place < computed:
                 raise RuntimeError(
@@ -126,7 +145,11 @@ class CompactionPlanner:
                     f"runs tokens {computed - scheduled} to {computed} of it in one step"
                 )
             if tracked.window and computed > tracked.trigger - tracked.window:
-                plan.record[request_id] = (max(0, tracked.trigger - tracked.window), computed)
+                first = max(0, tracked.trigger - tracked.window)
+                if request_id in plan.record:  # pruned in this step
+                    plan.queries_needed.append(request_id)
+                    first = min(first, plan.record[request_id][0])
+                plan.record[request_id] = (first, computed)
             if computed >= tracked.trigger:
                 order = self._order(request_id, tracked, computed)
                 if order is not None:
@@ -173,6 +196,29 @@ class CompactionPlanner:
                 receipt.move_seconds * 1e3,
             )
 
+    def _prune(self, plan: StepPlan, request_id: str, tracked: Tracked, computed: int) -> None:
+        assert self.schedule is not None
+        target, own = tracked.target, tracked.target.settings.own
+        kept = self._stages(target, computed)
+        plan.prunings.append(Pruning(request_id, computed, kept, target.settings.protect, own))
+        plan.record[request_id] = (max(0, computed - WIDEST), computed)
+        read, whole = self.schedule.token_layers(computed, kept), computed * self.schedule.layers
+        tracked.report.prefill_keep = read / whole
+        self.counters.add("prompts_pruned")
+        self.counters.add("prefill_token_layers", whole)
+        self.counters.add("prefill_token_layers_read", read)
+
+    def _stages(self, target: Target, tokens: int) -> tuple[int, ...]:
+        """Tokens of a prompt that enter each stage of layers; the last: the fewest."""
+        keep = target.settings.prefill_keep
+        if self.schedule is None or keep == 1:
+            return (tokens,)
+        own = target.settings.own or self.config
+        schedule = replace(self.schedule, floor=own.prefill_floor)
+        recent = max(self.config.window, self.block_size)
+        forced = self.config.sinks + recent + target.settings.protected_tokens
+        return schedule.kept(tokens, keep, self.block_size, forced)
+
     def _adopt(self, request_ids: Iterable[str], requests: Mapping[str, Any]) -> None:
         for request_id in request_ids:
             target = self._target(requests[request_id])
@@ -199,7 +245,7 @@ class CompactionPlanner:
             logger.warning("request %s is served uncompressed: %s", request.request_id, error)
             self.counters.refused("invalid_settings")
             return None
-        if not target.settings.compress:
+        if not target.settings.compress and target.settings.prefill_keep == 1:
             self.counters.refused("opted_out")
             return None
         return target

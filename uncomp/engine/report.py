@@ -18,6 +18,7 @@ class Report:
         full_tokens: cached tokens that the full cache would have held then.
         kept_tokens: cached tokens after it.
         heads: KV heads of all layers.
+        prefill_keep: part of the prompt that was read, over all layers.
     """
 
     compactions: int = 0
@@ -25,11 +26,12 @@ class Report:
     full_tokens: int = 0
     kept_tokens: int = 0
     heads: int = 0
+    prefill_keep: float = 1.0
 
     def add(self, order: Order, receipt: Receipt) -> None:
         """Take in one finished compaction, in order."""
         if self.compactions == 0:
-            self.heads = receipt.tokens_seen // order.num_tokens
+            self.heads = receipt.heads
         self.compactions += 1
         self.tokens = order.num_tokens
         self.full_tokens = order.num_tokens * self.heads
@@ -40,7 +42,9 @@ class Report:
 
         Every cached token has the same bytes, so the ratio of tokens is that of bytes.
         """
+        pruned = {"prefill_keep": self.prefill_keep} if self.prefill_keep < 1 else {}
         return {
+            **pruned,
             "compactions": self.compactions,
             "tokens": self.tokens,
             "full_tokens": self.full_tokens,

@@ -9,6 +9,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from uncomp.engine.cache_manager import CompressedManager
+from uncomp.engine.calibrated import schedule_of
 from uncomp.engine.counters import Counters, counter_file
 from uncomp.engine.orders import ATTRIBUTE
 from uncomp.engine.planner import CompactionPlanner
@@ -42,11 +43,14 @@ class _Compacting(_Base):
         self._counters["block_bytes"] = sum(
             group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups
         )
+        hf_config = self.vllm_config.model_config.hf_text_config
+        schedule = schedule_of(config, hf_config)
         self._planner = CompactionPlanner(
             config,
             self._manager,
             self.max_model_len,
             self._counters,
+            schedule,
         )
         logger.info(
             "uncomp is active in the scheduler: policy=%s %s, window=%d, sinks=%d, pooling=%s %d, "
@@ -63,6 +67,16 @@ class _Compacting(_Base):
             self.kv_cache_manager.block_pool.num_gpu_blocks,
         )
 
+        if schedule is not None:
+            logger.info(
+                "uncomp prunes prompts: prefill_keep=%s, scores=%s, stages start at layers %s of "
+                "%d, floor %d tokens",
+                config.prefill_keep,
+                config.prefill_scores,
+                list(schedule.starts),
+                schedule.layers,
+                schedule.floor,
+            )
         # Our own hook, see below; models with Mamba layers are refused.
         self.need_mamba_block_aligned_split = True
 

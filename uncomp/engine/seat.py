@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from uncomp.engine.by_config import ByConfig
 from uncomp.engine.compactor import Compactor
 from uncomp.engine.orders import Receipt, StepPlan
 from uncomp.engine.state import CompressedRequests, Slot
+
+if TYPE_CHECKING:
+    from uncomp.engine.pruner import Pruner
 
 
 @dataclass
@@ -68,6 +72,12 @@ class QueryRing:
         at = self.destination(request_id, num_tokens - count, num_tokens)
         return self.buffer[:, torch.from_numpy(at)]
 
+    def of_layer(self, layer: int, request_id: str, num_tokens: int, window: int) -> Tensor:
+        """[w, query heads, head size] of one layer, see `last`."""
+        count = min(window, num_tokens)
+        at = self.destination(request_id, num_tokens - count, num_tokens)
+        return self.buffer[layer, torch.from_numpy(at)]
+
     def drop(self, request_id: str) -> None:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
@@ -115,6 +125,9 @@ class Seat:
         compactors: run orders.
         row_ids: returns the request ids of the batch rows, in order.
         block_row: request id -> its row of block ids (append-only, int).
+
+    Attributes:
+        pruner: drops prompt tokens between layers; ``None``: the server prunes none.
     """
 
     def __init__(
@@ -128,6 +141,7 @@ class Seat:
         self.requests, self.ring, self.compactors = requests, ring, compactors
         self._row_ids, self._block_row = row_ids, block_row
         self._plan: StepPlan | None = None
+        self.pruner: Pruner | None = None
         self.orders_run = 0
 
     @property
@@ -149,6 +163,21 @@ class Seat:
         have = {name: slot.generation for name, slot in self.requests.slots.items()}
         check_generations(plan, have)
         self._plan = plan
+
+    def pruned_step(self) -> AbstractContextManager[None]:
+        """Around the forward pass of the step that has begun."""
+        plan = self._plan
+        if plan is None or not plan.prunings:
+            return nullcontext()
+        if self.pruner is None:
+            raise RuntimeError("uncomp: the scheduler prunes prompts, this worker does not")
+        return self.pruner.step(plan.prunings)
+
+    def batch(self, common: Any) -> None:
+        """Take note of a batch that the runner has put together."""
+        if self._plan is not None and self._plan.prunings and self.pruner is not None:
+            ids = self._row_ids()[: common.num_reqs]
+            self.pruner.batch(common, {name: row for row, name in enumerate(ids)})
 
     def step_rows(self, common: Any) -> StepRows | None:
         """Sort the rows of the batch; ``None`` if the step is none of our business."""
@@ -183,6 +212,10 @@ class Seat:
         """Run the orders of the step, after its forward pass."""
         plan, self._plan = self._plan, None
         receipts = []
+        if plan is not None and plan.prunings and self.pruner is not None:
+            pruned = self.pruner.finish(self._block_row)
+            for request_id in {*pruned} - {*plan.queries_needed}:
+                self.pruner.ring.drop(request_id)
         for order in plan.orders if plan is not None else ():
             compactor = self.compactors.of(order.own)
             queries = None

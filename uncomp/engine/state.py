@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uncomp.engine.orders import Order
-
 
 @dataclass
 class Slot:
@@ -21,7 +19,7 @@ class Slot:
 
     Attributes:
         index: row in the tables.
-        generation: compactions so far; must equal the scheduler's count.
+        generation: compactions so far; must equal the scheduler's count. 0: only pruned.
         full_blocks: full blocks at the last compaction; later ones are the tail.
         num_blocks: blocks of the request's row that the table covers.
         positions: [layers, heads, max kept] int32, token positions of the kept entries, ascending.
@@ -82,28 +80,63 @@ class CompressedRequests:
 
     def place(
         self,
-        order: Order,
+        request_id: str,
+        generation: int,
+        full_blocks: int,
         kept: Tensor,
         sub_blocks: Tensor,
         positions: Tensor,
         entropy: Tensor | None,
     ) -> None:
-        """Record a finished compaction.
+        """Record a finished compaction (or pruning: generation 0).
 
         Args:
+            full_blocks: full blocks of the request then.
             kept: [layers, heads] int64, sub-blocks per head.
             sub_blocks: [layers, heads, max kept] int64, their numbers, valid up to ``kept``.
             positions: [layers, heads, max kept * block_size] int32.
         """
-        slot = self.slots.get(order.request_id)
+        slot = self.slots.get(request_id)
         index = slot.index if slot is not None else self._take_index()
         self._widen(sub_blocks.shape[2])
         self._kept[:, index] = kept
         self._table[:, index, :, : sub_blocks.shape[2]] = sub_blocks
-        self.slots[order.request_id] = Slot(
-            index, order.generation, order.full_blocks, order.full_blocks, positions, entropy
+        self.slots[request_id] = Slot(
+            index, generation, full_blocks, full_blocks, positions, entropy
         )
         self._cached_for = None
+
+    def place_pruned(
+        self, request_id: str, num_tokens: int, row: Tensor, kept: list[Tensor]
+    ) -> None:
+        """Record what a pruned prompt left in every layer, at the end of its blocks.
+
+        Args:
+            row: [blocks] int, the request's block ids.
+            kept: per layer [n] int64, the positions it holds, ascending; a whole number of blocks
+                fewer than ``num_tokens``, and the last ones among them.
+        """
+        full = num_tokens // self.block_size
+        tail = num_tokens - full * self.block_size
+        blocks = torch.tensor([(len(at) - tail) // self.block_size for at in kept])
+        width = int(blocks.max())
+        column = torch.arange(width)
+        used = column < blocks.unsqueeze(1)
+        index = torch.where(used, full - blocks.unsqueeze(1) + column, 0)
+        first = torch.where(used, row.long()[index] * self.heads, 0).unsqueeze(1)
+        numbers = torch.where(used.unsqueeze(1), first + torch.arange(self.heads)[:, None], 0)
+        positions = torch.zeros(self.layers, 1, width * self.block_size, dtype=torch.int32)
+        for layer, at in enumerate(kept):
+            positions[layer, 0, : len(at) - tail] = at[: len(at) - tail]
+        self.place(
+            request_id,
+            0,
+            full,
+            blocks.unsqueeze(1).expand(-1, self.heads),
+            numbers,
+            positions.expand(-1, self.heads, -1),
+            None,
+        )
 
     def extend(self, slot: Slot, row: Tensor, num_blocks: int) -> None:
         """Add the blocks ``[slot.num_blocks, num_blocks)`` of the request's block row."""

@@ -14,14 +14,16 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from uncomp.config import UncompConfig
 from uncomp.engine.by_config import ByConfig
-from uncomp.engine.calibrated import rank_entropies
+from uncomp.engine.calibrated import rank_entropies, schedule_of
 from uncomp.engine.compactor import Compactor, LayerCache
 from uncomp.engine.cpu_backend import SeatedBackend, SeatedImpl
 from uncomp.engine.cpu_layout import probe_layout
+from uncomp.engine.pruner import PrunedModel, Pruner
 from uncomp.engine.seat import QueryRing, Seat
 from uncomp.engine.settings import make_policy
 from uncomp.engine.state import CompressedRequests
 from uncomp.engine.worker_base import CompactingWorker
+from uncomp.pruning import WIDEST
 
 logger = logging.getLogger("vllm.uncomp")
 
@@ -69,10 +71,12 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
         layout = probe_layout(block_size, first.head_size, caches[0].cache.dtype, isa)
         requests = CompressedRequests(len(caches), heads, block_size)
         ring = None
-        if self._policy.needs_queries:
+        schedule = schedule_of(self._uncomp, self.model_config.hf_text_config)
+        if self._policy.needs_queries or schedule is not None:
             shape = (first.num_heads, first.head_size)
             dtype = cast(torch.dtype, self.model_config.dtype)
-            ring = QueryRing(len(caches), self._uncomp.window, shape, dtype)
+            window = max(self._uncomp.window, WIDEST if schedule is not None else 0)
+            ring = QueryRing(len(caches), window, shape, dtype)
         indices = [cache.index for cache in caches]
 
         def compactor(config: UncompConfig) -> Compactor:
@@ -94,4 +98,19 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
             "calibrated" if default.calibrated is not None else "from the prompt",
         )
         compactors = ByConfig(default, compactor)
-        return Seat(requests, ring, compactors, self._row_ids, self._host_row)
+        seat = Seat(requests, ring, compactors, self._row_ids, self._host_row)
+        if schedule is not None:
+            assert ring is not None
+            seat.pruner = Pruner(
+                self._uncomp,
+                schedule,
+                PrunedModel.of(self.model_runner.get_model(), list(layers)),
+                caches,
+                list(layers),
+                layout,
+                requests,
+                ring,
+                self._only_builder().metadata,
+                self.rank,
+            )
+        return seat

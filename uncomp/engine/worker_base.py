@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
@@ -36,6 +37,8 @@ class AnySeat(Protocol):
     orders_run: int
 
     def begin(self, plan: StepPlan, gone: set[str]) -> None: ...
+
+    def pruned_step(self) -> AbstractContextManager[None]: ...
 
     def finish(self) -> list[Receipt]: ...
 
@@ -109,7 +112,8 @@ class CompactingWorker(_Worker):
         gone |= set(scheduler_output.preempted_req_ids or ())
         gone.update(new.req_id for new in scheduler_output.scheduled_new_reqs)
         self._seat.begin(plan, gone)
-        output = super().execute_model(scheduler_output)  # type: ignore[safe-super]
+        with self._seat.pruned_step():
+            output = super().execute_model(scheduler_output)  # type: ignore[safe-super]
         self._receipts = self._seat.finish()
         return self._with_receipts(output)
 
