@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from uncomp.config import PRESETS, UncompConfig
+from uncomp.config import PREFILL_SCORES, PRESETS, UncompConfig
 from uncomp.eval.run.records import Case
 
 #: keep ratios that are compared unless others are asked for
@@ -48,8 +48,10 @@ class Method:
         rest: dict[str, Any] = {"window": own.get("window", UncompConfig(keep=1.0).window)}
         if not self.calibrated:
             rest["calibration"] = None
-        rest |= {name: value for name, value in self.settings.items() if name != "policy"}
+        rest |= {k: v for k, v in self.settings.items() if k not in ("policy", "prefill_keep")}
+        prefill = self.settings.get("prefill_keep")
         return {
+            **({} if prefill is None else {"kv_prefill_keep": prefill}),
             "kv_keep": keep,
             "kv_report": "true",
             "kv_policy": self.settings.get("policy", UncompConfig(keep=1.0).policy),
@@ -57,7 +59,10 @@ class Method:
         }
 
     def config(self, keep: float = 1.0, **others: Any) -> UncompConfig:
-        """The configuration object of an engine that serves only this method."""
+        """The configuration object of an engine that serves only this method.
+
+        One that prunes prompts needs stages or a calibration file among the ``others``.
+        """
         return UncompConfig.from_mapping({"keep": keep, **self.settings, **others})
 
 
@@ -67,6 +72,15 @@ _SNAPKV = {"window": 8, "window_reduce": "sum", "pooling": 15, "pooling_kind": "
 
 def _entropy(name: str, about: str, **settings: Any) -> Method:
     return Method(name, about, {"policy": "entropy", **settings})
+
+
+def _prune(keep: float, scores: str = "attention") -> Method:
+    return Method(
+        f"prune-{keep}" if scores == "attention" else f"prune-{keep}-{scores}",
+        f"the default; {keep} of a prompt's tokens enter the last layers, chosen by {scores}",
+        {"policy": UncompConfig(keep=1.0).policy, "prefill_keep": keep, "prefill_scores": scores},
+        calibrated=True,
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -124,6 +138,7 @@ METHODS: dict[str, Method] = {
         _entropy("entropy-reversed", "control: high entropy keeps less", reverse=True),
         Method("uncomp-v1", "UNComp v1 as published", {"policy": "uncomp-v1"}, calibrated=True),
         Method("uncomp-v2", "UNComp v2 as published", {"policy": "uncomp-v2"}, calibrated=True),
+        *(_prune(keep, scores) for scores in PREFILL_SCORES for keep in (0.75, 0.5, 0.375)),
     )
 }
 
@@ -186,6 +201,8 @@ def server_settings(methods: Sequence[Method], calibration: str | None = None) -
     ]
     window = max([UncompConfig(keep=1.0).window, *windows])
     settings: dict[str, Any] = {"keep": 1.0, "policy": "entropy", "window": window}
+    if any("prefill_keep" in method.settings for method in methods):
+        settings["prefill_keep"] = 1.0
     if calibration is not None:
         settings["calibration"] = calibration
     return settings

@@ -2,7 +2,7 @@
 
 import pytest
 
-from uncomp.stages import kept_tokens, sizes, stages
+from uncomp.stages import kept_tokens, largest_drops, sizes, stages
 
 LLAMA_2_7B = [
     *(71.09, 70.85, 67.41, 69.05, 69.22, 69.52, 71.96, 73.15, 72.40, 73.33, 73.35),
@@ -45,3 +45,17 @@ def test_errors_name_what_was_given():
         kept_tokens(5, 5, 10, 1)
     with pytest.raises(ValueError, match="least=11"):
         kept_tokens(0, 5, 10, 11)
+
+
+def test_largest_drops_reproduce_the_published_stages():
+    assert largest_drops(LLAMA_2_7B, 5) == (2, 15, 26, 31)
+
+
+def test_largest_drops_edges():
+    assert largest_drops([], 5) == ()
+    assert largest_drops([1.0, 2.0, 3.0], 5) == ()  # never falls
+    assert largest_drops([3.0, 2.0, 1.0, 2.0, 0.0], 1) == ()
+    assert largest_drops([3.0, 2.0, 1.0, 2.0, 0.0], 2) == (4,)
+    assert largest_drops([3.0, 2.0, 1.0, 2.0, 0.0], 3) == (1, 4)  # equal drops: the earlier layer
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        largest_drops([1.0], 0)

@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def _own(given: Mapping[str, Any], config: UncompConfig) -> UncompConfig | None:
         own = own_config(given.get("kv_policy"), given.get("kv_settings"), config)
     except ValueError as error:
         raise RequestError(str(error)) from error
-    return None if own == config else own
+    return None if own == dataclasses.replace(config, prefill_keep=None) else own
 
 
 def _check_bounds(

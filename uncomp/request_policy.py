@@ -46,7 +46,8 @@ def own_config(policy: Any, settings: Any, server: UncompConfig) -> UncompConfig
             in :data:`SETTABLE`; ``None`` for no others. ``calibration`` can only be ``null``:
             entropies from the prompt, on a server that has a file. A preset's budget is left to
             ``kv_keep`` and ``kv_budget``.
-        server: the server's settings.
+        server: the server's settings; its ``prefill_keep`` is not taken over (see
+            ``kv_prefill_keep``).
 
     Raises:
         ValueError: unknown name, bad value, or one that this server cannot serve: it remembers the
@@ -62,7 +63,9 @@ def own_config(policy: Any, settings: Any, server: UncompConfig) -> UncompConfig
         raise ValueError(f"kv_policy={policy!r}: must be a name such as 'adakv'")
     preset = PRESETS.get(policy or "", {})
     filled = {name: value for name, value in preset.items() if name != "budget"}
-    config = dataclasses.replace(server, policy=policy or server.policy, **{**filled, **given})
+    # The stages are the server's, whatever calibration the request's entropies come from.
+    given = {**filled, **given, "prefill_keep": None}
+    config = dataclasses.replace(server, policy=policy or server.policy, **given)
     if needs_queries(config):
         _check_queries(config, server)
     return config

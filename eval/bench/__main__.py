@@ -2,7 +2,10 @@
 
 cpu  throughput, memory and overhead on the CPU engine (ten minutes with bfloat16 in
      hardware; an hour and more with --dtype float32 on a CPU without)
-gpu  kernels and engine on a GPU; has options of its own: gpu --help
+prefill  time to first token of pruned prompts against stock vLLM
+gpu  kernels and engine on a GPU
+
+prefill and gpu have options of their own: gpu --help
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from uncomp.eval.bench import cpu, rows
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 when every bar is reached, 1 when one is missed."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["prefill"]:
+        from uncomp.eval.bench import prefill_main
+
+        return prefill_main.main(arguments[1:])
     if arguments[:1] == ["gpu"]:
         from uncomp.eval.bench import gpu
 
@@ -25,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bench", choices=["cpu", "gpu"])
+    parser.add_argument("bench", choices=["cpu", "gpu", "prefill"])
     parser.add_argument("--model", help="checkpoint or hub name (default: the demo model)")
     parser.add_argument("--tokens", type=int, help="prompt length")
     parser.add_argument("--requests", type=int, help="batch size")
@@ -40,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="of the rows' file (default: the benchmark's)")
     parser.add_argument("--dry", action="store_true", help="print only, write no rows")
     given = parser.parse_args(arguments)
-    if given.bench == "gpu":
-        parser.error("gpu has options of its own and comes first")
+    if given.bench != "cpu":
+        parser.error(f"{given.bench} has options of its own and comes first")
     model = given.model
     if model is None:
         from uncomp.demo_model import demo_model_path

@@ -86,11 +86,13 @@ class Reference:
             trace: the request's trace records in the order written; empty: nothing was dropped.
             pruned: the same of what stopped on the way through the layers, one per epoch.
         """
-        runs = epochs(trace) or [[]]
+        runs = epochs(trace) or [[] for _ in pruned or [None]]
         first = len(prompt)
         # Token at position p was drawn from the logits of position p - 1. An epoch after the first
         # begins by computing all tokens known then, and draws the next one.
-        begins = [first] + [run[0].num_tokens for run in runs[1:]]
+        # A pruned prompt is compacted, if at all, in the step that prunes it.
+        again = [record["num_tokens"] for record in pruned[1:]]
+        begins = [first, *(again or [run[0].num_tokens for run in runs[1:]])]
         ends = [*begins[1:], first + len(generated)]
         tokens = [*prompt, *generated]
         parts = []

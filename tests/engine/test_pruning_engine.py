@@ -107,9 +107,7 @@ def test_which_prompts_are_pruned(engine: Engine, answers: dict[str, Answer]) ->
     assert pruned == {"pruned", "handed on", "compressed too", "protected", "in blocks"}
 
 
-def test_fewer_tokens_go_on_from_stage_to_stage(
-    engine: Engine, answers: dict[str, Answer]
-) -> None:
+def test_fewer_tokens_go_on_from_stage_to_stage(engine: Engine, answers: dict[str, Answer]) -> None:
     answer = answers["pruned"]
     [record] = engine.pruned(answer.request_id)
     assert tuple(record["starts"]) == (0, *STARTS)
@@ -178,10 +176,14 @@ def test_pruned_blocks_are_nobody_elses(engine: Engine, source: Source) -> None:
 def test_preempted_prompts_are_pruned_again(
     engine: Engine, reference: Reference, source: Source
 ) -> None:
-    half = {"kv_prefill_keep": 0.5, "kv_keep": 0.5}
-    asks = [Ask(f"p{i}", source.take(300 + 7 * i), tokens=60, extra=half) for i in range(4)]
+    half = {"kv_prefill_keep": 0.5}
+    extras = [half, half, {**half, "kv_keep": 0.8}]
+    asks = [
+        Ask(f"p{i}", source.take(300 + 7 * i), tokens=60, extra=extra)
+        for i, extra in enumerate(extras)
+    ]
     before = engine.metric("num_preemptions")
-    with engine.pool_of(26):
+    with engine.pool_of(23):
         answers = engine.serve(asks)
     assert engine.metric("num_preemptions") > before
     for [answer] in answers.values():
