@@ -28,7 +28,7 @@ class Method:
         settings: of :class:`uncomp.config.UncompConfig`, beside the keep ratio; empty for the full
             cache.
         full: nothing is dropped.
-        calibrated: needs a calibration file (entropies of queries).
+        calibrated: needs a calibration file (entropies of queries, or stages of layers).
         engine: arguments of the engine it needs, if not those of the run.
     """
 
@@ -168,7 +168,8 @@ def find(
     for name, settings in (extra or {}).items():
         if name in known:
             raise ValueError(f"method {name!r} is built in: give yours another name")
-        known[name] = Method(name, "given by the user", dict(settings))
+        prunes = "prefill_keep" in settings
+        known[name] = Method(name, "given by the user", dict(settings), calibrated=prunes)
     chosen: dict[str, Method] = {"full": known["full"]}
     for name in names:
         if name in IMPOSSIBLE:
@@ -177,8 +178,10 @@ def find(
             raise ValueError(f"unknown method {name!r}; there are: {', '.join(known)}")
         chosen[name] = known[name]
     for method in chosen.values():
-        if not method.full and not method.calibrated:
-            method.config()
+        if method.full:
+            continue
+        # Only the engine knows the stages and the calibration: these stand for them.
+        method.config(prefill_stages="1", **({"calibration": "?"} if method.calibrated else {}))
     return list(chosen.values())
 
 

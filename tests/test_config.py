@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from uncomp import policies
-from uncomp.config import MEASURES, OVERRIDES, PRESETS, SOURCES, UncompConfig
+from uncomp.config import MEASURES, OVERRIDES, PREFILL_SCORES, PRESETS, SOURCES, UncompConfig
+from uncomp.pruning import CHOICES
 
 
 def test_defaults() -> None:
@@ -16,6 +17,10 @@ def test_defaults() -> None:
     assert (config.window, config.window_reduce, config.sinks) == (32, "max", 4)
     assert (config.pooling, config.pooling_kind) == (16, "ema")
     assert config.to_dict() == {"keep": 0.25}
+
+
+def test_scores_of_pruning_are_those_there_are() -> None:
+    assert set(PREFILL_SCORES) == set(CHOICES)
 
 
 def test_is_immutable() -> None:
@@ -37,6 +42,11 @@ def test_is_immutable() -> None:
         ({"budget": 35}, r"budget=35: must be at least 36 \(window \+ sinks"),
         ({"budget": 100.0}, r"budget=100.0: must be of type int \| None"),
         ({"budget": True}, "budget=True"),
+        ({"keep": 1.0, "prefill_keep": 0.5}, "needs to know the stages .*uncomp calibrate"),
+        ({"keep": 1.0, "prefill_keep": 0.0, "prefill_stages": "2"}, r"prefill_keep=0.0: must be"),
+        ({"keep": 1.0, "prefill_keep": 0.5, "prefill_stages": "2-5"}, "'2-5': must be the first"),
+        ({"keep": 1.0, "prefill_scores": "best"}, "prefill_scores='best': must be one of"),
+        ({"keep": 1.0, "prefill_floor": -1}, "prefill_floor=-1: must be at least 0"),
         ({"keep": 0.5, "window": 0}, "window=0: must be between 1 and 256"),
         ({"keep": 0.5, "window": 257}, "window=257"),
         ({"keep": 0.5, "window": None}, "window=None: must be of type int"),

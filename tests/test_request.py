@@ -1,5 +1,6 @@
 """Settings of a single request."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -182,3 +183,47 @@ def test_lowest_keep_ratio() -> None:
     assert settings(config, tokens=0, kv_budget=50).budget == 50
     # The server's own default is not a request's fault.
     assert settings(UncompConfig(keep=0.05, min_keep=0.1), kv_protect=":5").keep == 0.05
+
+
+PRUNING = UncompConfig(keep=1.0, prefill_keep=0.5, prefill_stages="2,5")
+
+
+def test_pruning_is_the_servers_or_the_requests_own() -> None:
+    assert settings(CONFIG).prefill_keep == 1.0
+    assert settings(PRUNING).prefill_keep == 0.5
+    assert settings(PRUNING, kv_prefill_keep="0.75").prefill_keep == 0.75
+    assert settings(PRUNING, kv_prefill_keep=1).prefill_keep == 1.0
+    assert settings(PRUNING, kv_compress=False).prefill_keep == 1.0  # off means off
+
+
+def test_pruning_leaves_the_policy_the_servers() -> None:
+    assert settings(PRUNING, kv_settings={}).own is None
+    own = settings(PRUNING, kv_settings={"prefill_scores": "handed-on"}).own
+    assert own is not None
+    assert (own.prefill_scores, own.prefill_keep) == ("handed-on", None)
+
+
+@pytest.mark.parametrize(
+    ("config", "given_", "message"),
+    [
+        (CONFIG, {"kv_prefill_keep": 0.5}, "prunes no prompts; start it with --prefill-keep 1"),
+        (PRUNING, {"kv_prefill_keep": 0}, r"kv_prefill_keep=0: must be a number in \(0, 1\]"),
+        (PRUNING, {"kv_prefill_keep": "half"}, "kv_prefill_keep='half'"),
+        (PRUNING, {"kv_compact_at": 500}, "add kv_prefill_keep=1"),
+        (
+            dataclasses.replace(PRUNING, overrides="tighten"),
+            {"kv_prefill_keep": 0.4},
+            "may only ask for more than the default of 0.5",
+        ),
+    ],
+)
+def test_pruning_that_is_not_allowed(
+    config: UncompConfig, given_: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        settings(config, **given_)
+
+
+def test_parts_of_a_prompt_or_pruning() -> None:
+    both = settings(PRUNING, kv_compact_at=500, kv_prefill_keep=1, kv_keep=0.25)
+    assert (both.compact_at, both.prefill_keep) == (500, 1.0)

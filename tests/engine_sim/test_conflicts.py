@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from uncomp.engine import activate
-from uncomp.engine.conflicts import CONFLICTS, STOCK_WORKERS, ConflictError, check_config
+from uncomp.engine.conflicts import (
+    CONFLICTS,
+    PRUNING_CONFLICTS,
+    STOCK_WORKERS,
+    ConflictError,
+    check_config,
+)
 
 
 def configuration(device: str = "cpu") -> Any:
@@ -19,12 +25,21 @@ def configuration(device: str = "cpu") -> Any:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             enable_dbo=False,
+            pipeline_parallel_size=1,
         ),
-        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        scheduler_config=SimpleNamespace(
+            scheduler_cls=None, max_num_batched_tokens=4096, long_prefill_token_threshold=0
+        ),
         cache_config=SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=False),
         model_config=SimpleNamespace(
-            is_encoder_decoder=False, runner_type="generate", use_mla=False
+            is_encoder_decoder=False,
+            runner_type="generate",
+            use_mla=False,
+            uses_mrope=False,
+            max_model_len=4096,
         ),
+        lora_config=None,
+        additional_config={},
         use_v2_model_runner=False,
         speculative_config=None,
         kv_transfer_config=None,
@@ -58,9 +73,7 @@ def test_plain_configuration_is_accepted(device: str) -> None:
 )
 def test_conflict_is_named(where: str, value: object, message: str) -> None:
     config = configuration()
-    *path, name = where.split(".")
-    target = getattr(config, path[0]) if path else config
-    setattr(target, name, value)
+    _set(config, where, value)
     assert sum(conflict.found(config) for conflict in CONFLICTS) == 1
     with pytest.raises(ConflictError, match=message):
         check_config(config)
@@ -83,4 +96,40 @@ def test_gpu_takes_fp8_but_not_batch_invariance(monkeypatch: pytest.MonkeyPatch)
     config.cache_config.cache_dtype = "auto"
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ConflictError, match="unset VLLM_BATCH_INVARIANT"):
+        check_config(config)
+
+
+def _set(config: Any, where: str, value: object) -> None:
+    *path, name = where.split(".")
+    setattr(getattr(config, path[0]) if path else config, name, value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline-parallel-size 1"),
+        ("scheduler_config.max_num_batched_tokens", 2048, "--max-num-batched-tokens"),
+        ("scheduler_config.long_prefill_token_threshold", 512, "--long-prefill-token-threshold"),
+        ("lora_config", object(), "drop --enable-lora"),
+        ("model_config.uses_mrope", True, "M-RoPE"),
+    ],
+)
+def test_conflict_with_pruning_is_named(where: str, value: object, message: str) -> None:
+    config = configuration()
+    _set(config, where, value)
+    check_config(config)  # only compressed: fine
+    config.additional_config = {
+        "uncomp": {"keep": 0.5, "prefill_keep": 0.5, "prefill_stages": "2,5"}
+    }
+    assert sum(conflict.found(config) for conflict in PRUNING_CONFLICTS) == 1
+    with pytest.raises(ConflictError, match=message):
+        check_config(config)
+
+
+def test_pruning_is_refused_on_gpus() -> None:
+    config = configuration("cuda")
+    config.additional_config = {
+        "uncomp": {"keep": 0.5, "prefill_keep": 0.5, "prefill_stages": "2,5"}
+    }
+    with pytest.raises(ConflictError, match="prefill pruning on a GPU"):
         check_config(config)

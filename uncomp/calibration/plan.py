@@ -1,4 +1,4 @@
-"""What the entropy policy would do with a calibration: groups and budgets of every KV head."""
+"""What would be done with a calibration: budgets of every KV head, and stages of the layers."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,19 @@ import torch
 
 from uncomp import grouping, policies
 from uncomp.calibration.file import Calibration, CalibrationError
+from uncomp.stages import largest_drops
+
+#: stages of layers, as in the paper's 7B models
+STAGES = 5
+
+
+def stage_starts(calibration: Calibration) -> tuple[int, ...]:
+    """First layers of the stages after the first, between which prompt tokens leave.
+
+    The largest drops of the queries' full entropy, the mean of a layer's heads: what the published
+    rule sums up, without its threshold per model.
+    """
+    return largest_drops(calibration.scores("queries", "full").mean(1).tolist(), STAGES)
 
 
 @dataclass(frozen=True)

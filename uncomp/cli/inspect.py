@@ -16,7 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the subcommand; `run` becomes its action."""
     parser = subparsers.add_parser(
         "inspect",
-        help="show a calibration file: entropies, groups and budgets of the heads",
+        help="show a calibration file: entropies, groups and budgets of the heads, stages",
         description="Prints a table to stderr, the same as JSON to stdout, and draws it with "
         "--png. The budgets are what the entropy policy deals for one prompt.",
     )
@@ -49,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print and draw; 0, or 1 with the reason on stderr when the file or an option is bad."""
     from uncomp.calibration.file import CalibrationError, load
-    from uncomp.calibration.plan import plan_heads
+    from uncomp.calibration.plan import plan_heads, stage_starts
 
     try:
         calibration = load(args.file)
@@ -63,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     except CalibrationError as error:
         print(f"uncomp inspect: {error}", file=sys.stderr)
         return 1
+    starts = stage_starts(calibration)
     print(_table(args, calibration, plan), file=sys.stderr)
-    print(json.dumps(_summary(args, calibration, plan)))
+    print(f"Stages of --prefill-keep begin at layers {[0, *starts]}", file=sys.stderr)
+    print(json.dumps({**_summary(args, calibration, plan), "prefill_stages": starts}))
     return 0
 
 

@@ -7,12 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from uncomp.calibration.file import Calibration, CalibrationError, load
+from uncomp.calibration.plan import stage_starts
 from uncomp.config import UncompConfig
 from uncomp.pruning import Schedule, parse_layers
-from uncomp.stages import largest_drops
-
-#: stages of layers, as in the paper's 7B models
-STAGES = 5
 
 
 def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
@@ -38,8 +35,7 @@ def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
 def schedule_of(config: UncompConfig, hf_config: Any) -> Schedule | None:
     """Where prompt tokens leave; ``None`` if the settings prune no prompts.
 
-    Without stages of the settings' own: the four largest drops of the queries' full entropy, the
-    mean of a layer's heads (what the published rule sums up, without its threshold per model).
+    Without stages of the settings' own: those of the calibration file.
 
     Raises:
         ValueError: stages that the model does not have.
@@ -52,7 +48,7 @@ def schedule_of(config: UncompConfig, hf_config: Any) -> Schedule | None:
         return Schedule(parse_layers(config.prefill_stages), layers, config.prefill_floor)
     calibration = load_checked(config, hf_config)
     assert calibration is not None  # the settings were checked
-    starts = largest_drops(calibration.scores("queries", "full").mean(1).tolist(), STAGES)
+    starts = stage_starts(calibration)
     if not starts:
         raise CalibrationError(
             f"the entropies in {config.calibration} fall from no layer to the next: set "
