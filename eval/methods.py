@@ -181,7 +181,7 @@ def find(
         if method.full:
             continue
         # Only the engine knows the stages and the calibration: these stand for them.
-        method.config(prefill_stages="1", **({"calibration": "?"} if method.calibrated else {}))
+        method.config(prefill_stages="1", calibration="?" if method.calibrated else None)
     return list(chosen.values())
 
 

@@ -17,7 +17,7 @@ from reference import Reference
 from traffic import OFF
 
 RANKS: dict[str, dict[str, Any]] = {
-    "tensor": {"tensor_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2, "max_num_batched_tokens": 1024},
     # vLLM's CPU stages get their receive buffers in the warm-up, which an eager engine skips.
     "pipeline": {
         "pipeline_parallel_size": 2,
@@ -27,6 +27,8 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 SETTINGS = {"policy": "entropy", "keep": 0.25, "min_tokens": 64, "recompact_every": 32}
 SETTINGS |= {"groups": 4, "ratio": 4, "window": 8}
+#: tensor ranks add their heads' scores up before they choose; pipeline stages cannot prune
+PRUNING = {"prefill_keep": 1.0, "prefill_stages": "1", "prefill_floor": 96}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,10 @@ def test_two_ranks_answer_as_the_masked_reference(
     prompts = [torch.randint(1, 500, (n,), generator=random).tolist() for n in (60, 300, 420)]
     asks = [Ask(f"{len(p)} tokens", tuple(p), tokens=40) for p in prompts]
     asks.append(Ask("off", asks[1].prompt[:150], tokens=10, extra=OFF))
-    settings = {**SETTINGS, "trace": str(tmp_path)}
+    settings: dict[str, Any] = {**SETTINGS, "trace": str(tmp_path)}
+    if kind == "tensor":
+        settings |= PRUNING
+        asks.append(Ask("pruned", asks[2].prompt, tokens=40, extra={"kv_prefill_keep": 0.5}))
     engine = Engine(
         model,
         settings,
@@ -83,6 +88,7 @@ def test_two_ranks_answer_as_the_masked_reference(
         engine.close()
     reference = Reference(model, torch.float32)
     unequal = False
+    chosen = []
     for name, [answer] in answers.items():
         ranks = [read(tmp_path / f"kept-{rank}.jsonl", answer.request_id) for rank in range(2)]
         trace = []
@@ -97,7 +103,10 @@ def test_two_ranks_answer_as_the_masked_reference(
             sums = [[sum(map(len, heads)) for heads in r["kept"]] for r in records]
             assert sums[0] == sums[1]
             unequal |= any(len({len(head) for head in heads}) > 1 for heads in kept)
-        expected = reference.logprobs(answer.prompt, answer.tokens, trace)
+        pruned = [read(tmp_path / f"pruned-{rank}.jsonl", answer.request_id) for rank in range(2)]
+        assert pruned[0] == pruned[1]
+        chosen += [name] * len(pruned[0])
+        expected = reference.logprobs(answer.prompt, answer.tokens, trace, pruned[0])
         uncompressed = reference.logprobs(answer.prompt, answer.tokens)
         distance = full = 0.0
         for row, plain, step in zip(expected, uncompressed, answer.logprobs, strict=True):
@@ -107,8 +116,11 @@ def test_two_ranks_answer_as_the_masked_reference(
         assert distance < 5e-4, name
         assert (full > 0.05) == bool(trace), name
     assert unequal
+    assert chosen == ["pruned"] * (kind == "tensor")
 
 
 def read(path: Path, request_id: str) -> list[dict]:
+    if not path.exists():
+        return []
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [record for record in records if record["request_id"] == request_id]

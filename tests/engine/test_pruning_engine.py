@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -229,67 +228,3 @@ def test_nothing_is_left_on_the_model(engine: Engine) -> None:
 
 def test_everything_is_given_back(engine: Engine) -> None:
     assert engine.leftovers() == {}
-
-
-def test_a_compiled_engine_prunes_too(
-    demo_model: Path, tmp_path: Path, reference: Reference, source: Source
-) -> None:
-    """Pruned steps run the model without its graph, the others in it."""
-    settings = {**SETTINGS, "prefill_keep": 0.5, "trace": str(tmp_path)}
-    asks = [Ask("pruned", source.take(300), tokens=10), Ask("short", source.take(60), tokens=10)]
-    with running(demo_model, settings, **ARGUMENTS, enforce_eager=False) as engine:
-        answers = engine.serve(asks)
-        for [answer] in answers.values():
-            _agrees(engine, reference, answer)
-        assert len(engine.pruned(answers["pruned"][0].request_id)) == 1
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a core for each rank")
-def test_two_ranks_choose_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_rank_model: Path
-) -> None:
-    """Tensor-parallel ranks add their heads' scores up before they choose."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    random = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(1, 500, (n,), generator=random).tolist() for n in (300, 420)]
-    settings = {**SETTINGS, "prefill_stages": "1,3", "prefill_keep": 0.5, "trace": str(tmp_path)}
-    engine = Engine(
-        two_rank_model,
-        settings,
-        **{**ARGUMENTS, "kv_cache_memory_bytes": 50_000_000},
-        distributed_executor_backend="mp",
-        skip_tokenizer_init=True,
-        tensor_parallel_size=2,
-    )
-    try:
-        answers = engine.serve([Ask(str(len(p)), tuple(p), tokens=20) for p in prompts])
-        reference = Reference(two_rank_model, torch.float32)
-        for [answer] in answers.values():
-            _agrees(engine, reference, answer)
-        assert engine.leftovers() == {}
-    finally:
-        engine.close()
-    chosen = [(tmp_path / f"pruned-{rank}.jsonl").read_text() for rank in range(2)]
-    assert chosen[0] == chosen[1] != ""
-
-
-@pytest.fixture
-def two_rank_model(tmp_path: Path) -> Path:
-    """A random model with four KV heads; weights large enough for attention to have favourites."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        initializer_range=0.15,
-        max_position_embeddings=1024,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "random")
-    return tmp_path / "random"

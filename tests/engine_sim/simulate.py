@@ -319,6 +319,7 @@ def _vllm_config(setup: Setup) -> Any:
         runner_type="generate",
         supports_multimodal_inputs=False,
         return_sampling_mask=False,
+        hf_text_config=SimpleNamespace(num_hidden_layers=setup.shape.layers),
     )
     return config
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from uncomp.calibration.file import CalibrationError
 from uncomp.config import UncompConfig
 from uncomp.engine import calibrated
 
@@ -37,6 +38,32 @@ def test_share_of_a_rank(
         model_config=SimpleNamespace(hf_text_config=None),
         parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=ranks),
     )
-    found = calibrated.rank_entropies(UncompConfig(keep=0.5), engine, layers, len(heads))
+    config = UncompConfig(keep=0.5, policy="entropy")
+    found = calibrated.rank_entropies(config, engine, layers, len(heads))
     assert found is not None
     assert torch.equal(found, table[layers][:, heads])
+    # A file may be there for the stages of prompts alone.
+    other = UncompConfig(keep=0.5, policy="adakv", prefill_keep=0.5, calibration="file")
+    assert calibrated.rank_entropies(other, engine, layers, len(heads)) is None
+
+
+def test_stages_are_the_settings_own_or_those_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    entropy = torch.tensor([[0.9, 0.7], [0.9, 0.9], [0.5, 0.5], [0.6, 0.6]], dtype=torch.float64)
+    file = SimpleNamespace(scores=lambda source, measure: entropy)
+    monkeypatch.setattr(calibrated, "load_checked", lambda config, model: file)
+    model = SimpleNamespace(num_hidden_layers=4)
+
+    def starts(**given: str) -> tuple[int, ...]:
+        config = UncompConfig(keep=1.0, prefill_keep=0.5, calibration="file", **given)
+        found = calibrated.schedule_of(config, model)
+        assert found is not None
+        return found.starts
+
+    assert calibrated.schedule_of(UncompConfig(keep=0.5), model) is None
+    assert starts() == (2,)
+    assert starts(prefill_stages="1,3") == (1, 3)
+    with pytest.raises(ValueError, match=r"different layers of 1\.\.3"):
+        starts(prefill_stages="1,4")
+    entropy = torch.arange(8.0).view(4, 2)
+    with pytest.raises(CalibrationError, match="set prefill_stages"):
+        starts()

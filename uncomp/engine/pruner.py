@@ -208,7 +208,7 @@ class Pruner:
         self._index, self._starts = self._index[taken], starts
         slot_mapping = self._common.slot_mapping[torch.cat(slots)]
         metadata = self._build(self._shorter(starts, slot_mapping))
-        context = get_forward_context()
+        context: Any = get_forward_context()  # one batch (no dual batch overlap): dictionaries
         for name in self.names[first:]:
             context.attn_metadata[name] = metadata
             if name in context.slot_mapping:
