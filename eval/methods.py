@@ -74,9 +74,9 @@ def _entropy(name: str, about: str, **settings: Any) -> Method:
     return Method(name, about, {"policy": "entropy", **settings})
 
 
-def _prune(keep: float, scores: str = "attention") -> Method:
+def _prune(keep: float, scores: str) -> Method:
     return Method(
-        f"prune-{keep}" if scores == "attention" else f"prune-{keep}-{scores}",
+        f"prune-{keep}" if scores == UncompConfig.prefill_scores else f"prune-{keep}-{scores}",
         f"the default; {keep} of a prompt's tokens enter the last layers, chosen by {scores}",
         {"policy": UncompConfig(keep=1.0).policy, "prefill_keep": keep, "prefill_scores": scores},
         calibrated=True,

@@ -15,7 +15,7 @@ MEASURES = ("raw", "renormalized", "full")
 SOURCES = ("keys", "queries")
 REDUCTIONS = ("sum", "max")
 POOLINGS = ("max", "ema")
-PREFILL_SCORES = ("attention", "handed-on")
+PREFILL_SCORES = ("handed-on", "attention")
 OVERRIDES = ("allow", "tighten", "forbid")
 
 #: Published settings (method: UNComp). ``from_mapping`` fills them in where nothing is given.
@@ -120,8 +120,11 @@ class UncompConfig:
         ),
     )
     prefill_scores: str = field(
-        default="attention",
-        metadata=_meta("which tokens go on: attention (UNComp) or handed-on (see docs/prefill.md)"),
+        default="handed-on",
+        metadata=_meta(
+            "which tokens go on: handed-on (the best of the last 32 queries, handed on to the "
+            "tokens that follow) or attention (UNComp: the sum of the last 8)"
+        ),
     )
     prefill_stages: str | None = field(
         default=None,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from uncomp.config import UncompConfig
 from uncomp.eval.bench.cpu import ARMS
 from uncomp.eval.bench.engines import run_arm
 from uncomp.eval.bench.rows import Row, judge
@@ -39,7 +40,7 @@ class Setting:
     stages: str
     lengths: tuple[int, ...] = (4096, 8000)
     keeps: tuple[float, ...] = (0.75, 0.5, 0.375)
-    scores: str = "attention"
+    scores: str = UncompConfig.prefill_scores
     repeat: int = 3
     threads: str = "0-1"
     dtype: str = "auto"

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stages", help="first layers of the stages after the first")
     parser.add_argument("--lengths", default="4096,8000", help="prompt tokens")
     parser.add_argument("--keep", default="0.75,0.5,0.375", help="fractions in the last stage")
-    parser.add_argument("--scores", default="attention", choices=PREFILL_SCORES)
+    parser.add_argument("--scores", default=prefill.Setting.scores, choices=PREFILL_SCORES)
     parser.add_argument("--repeat", type=int, default=prefill.Setting.repeat)
     parser.add_argument("--threads", default=prefill.Setting.threads, help="cores, e.g. 0-1")
     parser.add_argument("--dtype", default="auto", help="float32 where bfloat16 is slow")

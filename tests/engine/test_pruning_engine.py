@@ -19,6 +19,7 @@ SETTINGS: dict[str, Any] = {
     "prefill_keep": 1.0,
     "prefill_stages": "3,9,17,25",
     "prefill_floor": 96,
+    "prefill_scores": "attention",
     "min_tokens": 64,
     "recompact_every": 32,
     "window": 16,

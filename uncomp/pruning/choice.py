@@ -66,10 +66,10 @@ class Choice:
 
 
 CHOICES: dict[str, Choice] = {
+    # what scores the KV cache by default, and wins here too (docs/prefill.md)
+    "handed-on": Choice(32, "max", 16, "ema"),
     # UNComp: all heads and the last eight queries of the layer before
     "attention": Choice(8, "sum", 1, "max"),
-    # what scores the KV cache by default (docs/quality.md)
-    "handed-on": Choice(32, "max", 16, "ema"),
 }
 #: queries that any of them looks at
 WIDEST = max(choice.queries for choice in CHOICES.values())
