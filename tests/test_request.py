@@ -198,9 +198,9 @@ def test_pruning_is_the_servers_or_the_requests_own() -> None:
 
 def test_pruning_leaves_the_policy_the_servers() -> None:
     assert settings(PRUNING, kv_settings={}).own is None
-    own = settings(PRUNING, kv_settings={"prefill_scores": "handed-on"}).own
+    own = settings(PRUNING, kv_settings={"prefill_scores": "attention"}).own
     assert own is not None
-    assert (own.prefill_scores, own.prefill_keep) == ("handed-on", None)
+    assert (own.prefill_scores, own.prefill_keep) == ("attention", None)
 
 
 @pytest.mark.parametrize(
