@@ -18,6 +18,10 @@ from uncomp.eval.run.records import Case
 KEEPS = (0.5, 0.25, 0.125, 0.0625)
 
 
+#: settings of a method that are no `kv_settings` of its requests
+_OF_THE_ENGINE = ("policy", "prefill_keep", "prefill_stages")
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to keep a cache small.
@@ -48,7 +52,7 @@ class Method:
         rest: dict[str, Any] = {"window": own.get("window", UncompConfig(keep=1.0).window)}
         if not self.calibrated:
             rest["calibration"] = None
-        rest |= {k: v for k, v in self.settings.items() if k not in ("policy", "prefill_keep")}
+        rest |= {k: v for k, v in self.settings.items() if k not in _OF_THE_ENGINE}
         prefill = self.settings.get("prefill_keep")
         return {
             **({} if prefill is None else {"kv_prefill_keep": prefill}),
@@ -181,7 +185,8 @@ def find(
         if method.full:
             continue
         # Only the engine knows the stages and the calibration: these stand for them.
-        method.config(prefill_stages="1", calibration="?" if method.calibrated else None)
+        given = {"prefill_stages": "1", "calibration": "?" if method.calibrated else None}
+        method.config(**{k: v for k, v in given.items() if k not in method.settings})
     return list(chosen.values())
 
 
@@ -206,6 +211,11 @@ def server_settings(methods: Sequence[Method], calibration: str | None = None) -
     settings: dict[str, Any] = {"keep": 1.0, "policy": "entropy", "window": window}
     if any("prefill_keep" in method.settings for method in methods):
         settings["prefill_keep"] = 1.0
+    stages = {m.settings["prefill_stages"] for m in methods if "prefill_stages" in m.settings}
+    if len(stages) > 1:
+        raise ValueError(f"one engine has one set of prefill_stages, the methods have {stages}")
+    if stages:
+        settings["prefill_stages"] = stages.pop()
     if calibration is not None:
         settings["calibration"] = calibration
     return settings

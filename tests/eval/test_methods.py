@@ -56,6 +56,28 @@ def test_own_methods() -> None:
     assert server_settings(found)["window"] == 48
 
 
+def test_methods_that_prune() -> None:
+    early = {"policy": "adakv", "prefill_keep": 0.25, "prefill_stages": "8"}
+    found = find(["prune-0.5", "early"], {"early": early})
+    assert server_settings(found, "file") == {
+        "keep": 1.0,
+        "policy": "entropy",
+        "window": 32,
+        "prefill_keep": 1.0,
+        "prefill_stages": "8",
+        "calibration": "file",
+    }
+    server = UncompConfig.from_mapping(server_settings(found, "file"))
+    asked = [request_settings(m.request(0.5), server, 5000) for m in found]
+    assert [a.prefill_keep for a in asked] == [1.0, 0.5, 0.25]
+    published = request_settings(METHODS["prune-0.375-attention"].request(1.0), server, 5000)
+    assert published.own is not None
+    assert published.own.prefill_scores == "attention"
+    other = {"policy": "adakv", "prefill_keep": 0.5, "prefill_stages": "9"}
+    with pytest.raises(ValueError, match="one engine has one set of prefill_stages"):
+        server_settings(find(["early", "other"], {"early": early, "other": other}))
+
+
 @pytest.mark.parametrize(
     ("names", "extra", "says"),
     [
