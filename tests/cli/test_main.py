@@ -141,6 +141,7 @@ def test_kill_switch_serves_plain(
     monkeypatch.setenv("UNCOMP_DISABLE", "1")
     monkeypatch.setattr(serve, "_vllm", lambda argv: started.append(argv) or 0)
     flags = ["--kv-keep", "nonsense", "--kv-reverse", "--kv-policy=magic", "--no-kv-relocate"]
+    flags += ["--prefill-keep", "0.5", "--prefill-stages=2,5"]
     assert main(["serve", "m", *flags, "--port", "1"]) == 0
     assert started == [["serve", "m", "--port", "1"]]
     assert "without compression" in capsys.readouterr().err

@@ -43,6 +43,12 @@ def test_flags_are_typed() -> None:
     assert given == {"keep": 0.25, "window": 16, "policy": "uniform", "reverse": True}
 
 
+def test_what_is_not_about_the_cache_has_no_kv_in_its_name() -> None:
+    given = parse("--prefill-keep", "0.5", "--prefill_stages=3,9", "--kv-keep=1")
+    assert given == {"prefill_keep": 0.5, "prefill_stages": "3,9", "keep": 1.0}
+    assert settings.validate(given).prefill_keep == 0.5
+
+
 @pytest.mark.parametrize("spelling", ["--kv_min_tokens", "--kv-min_tokens", "--kv-min-tokens"])
 def test_underscores_are_accepted(spelling: str) -> None:
     assert parse(f"{spelling}=64") == {"min_tokens": 64}

@@ -107,9 +107,8 @@ def _strip(argv: list[str]) -> list[str]:
     kept, skip = [], False
     for argument in argv:
         name, equals, _ = argument.partition("=")
-        action = parser._option_string_actions.get(name) if name.startswith("--kv-") else None
-        if action is None and name.startswith("--no-kv-"):
-            action = parser._option_string_actions.get(name)
+        ours = name.startswith(("--kv-", "--no-kv-", "--prefill-"))
+        action = parser._option_string_actions.get(name) if ours else None
         if action is not None:
             skip = not equals and action.nargs != 0
         elif skip:

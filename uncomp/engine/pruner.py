@@ -271,8 +271,7 @@ class Pruner:
 
     def _restore(self, _: nn.Module, args: Any, output: Tensor) -> Tensor:
         """A row for every token again; those that stopped on the way are zero."""
-        rows = max(self._common.num_actual_tokens, self._common.slot_mapping.shape[0])
-        full = output.new_zeros(rows, *output.shape[1:])
+        full = output.new_zeros(self._common.num_actual_tokens, *output.shape[1:])
         return full.index_copy_(0, self._index, output)
 
     def _write_trace(self, prompt: _Prompt) -> None:
