@@ -107,7 +107,8 @@ def validate(settings: Mapping[str, Any]) -> UncompConfig:
     if settings.get("keep") is None and settings.get("budget") is None:
         raise SettingsError(
             "say how much to keep: --kv-keep RATIO (e.g. --kv-keep 0.25) or --kv-budget TOKENS "
-            "(per KV head; --kv-keep 1: all of it, e.g. to prune prompts only); to serve without compression use `vllm serve`"
+            "(per KV head; --kv-keep 1: all of it, e.g. to prune prompts only); to serve without "
+            "compression use `vllm serve`"
         )
     try:
         config = UncompConfig.from_mapping(settings)
