@@ -45,6 +45,17 @@ CONTRACT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("config/parallel.py", "ParallelConfig", ("worker_cls", "data_parallel_index")),
     ("config/parallel.py", "ParallelConfig", ("_api_process_rank", "_api_process_count")),
     ("config/parallel.py", "ParallelConfig", ("decode_context_parallel_size", "rank")),
+    # pruning: hooks on decoder layers, and the metadata of the layers that follow
+    ("engine/arg_utils.py", "EngineArgs", ("max_num_batched_tokens", "enable_chunked_prefill")),
+    (
+        "config/scheduler.py",
+        "SchedulerConfig",
+        ("max_num_batched_tokens", "long_prefill_token_threshold"),
+    ),
+    ("forward_context.py", "get_forward_context", ()),
+    ("forward_context.py", "ForwardContext", ("attn_metadata", "slot_mapping")),
+    ("distributed/communication_op.py", "tensor_model_parallel_all_reduce", ("input_",)),
+    ("distributed/parallel_state.py", "get_tensor_model_parallel_world_size", ()),
     # scheduler side
     (_CORE + "sched/scheduler.py", "Scheduler.schedule", ("self",)),
     (

@@ -160,9 +160,17 @@ class Pruner:
 
         Returns:
             The requests.
+
+        Raises:
+            RuntimeError: a prompt was not pruned; its blocks are not what the scheduler thinks.
         """
         done, self._prompts = self._prompts, []
         for prompt in done:
+            if len(prompt.at) != prompt.order.kept[-1]:
+                raise RuntimeError(
+                    f"uncomp: {prompt.order.request_id} was not pruned: this vLLM runs the layers "
+                    f"of {type(self.parts.model).__name__} without their hooks; drop prefill_keep"
+                )
             self._leave(prompt, len(self.caches))
             name, tokens = prompt.order.request_id, prompt.order.num_tokens
             row = block_row(name)[: tokens // self.requests.block_size]
@@ -209,10 +217,10 @@ class Pruner:
         slot_mapping = self._common.slot_mapping[torch.cat(slots)]
         metadata = self._build(self._shorter(starts, slot_mapping))
         context: Any = get_forward_context()  # one batch (no dual batch overlap): dictionaries
-        for name in self.names[first:]:
-            context.attn_metadata[name] = metadata
-            if name in context.slot_mapping:
-                context.slot_mapping[name] = slot_mapping
+        later = self.names[first:]
+        context.attn_metadata |= dict.fromkeys(later, metadata)
+        if context.slot_mapping:  # older vLLM: in the metadata alone
+            context.slot_mapping |= dict.fromkeys(later, slot_mapping)
         return taken
 
     def _shorter(self, starts: list[int], slot_mapping: Tensor) -> Any:
