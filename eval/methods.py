@@ -185,7 +185,8 @@ def find(
         if method.full:
             continue
         # Only the engine knows the stages and the calibration: these stand for them.
-        given = {"prefill_stages": "1", "calibration": "?" if method.calibrated else None}
+        given: dict[str, Any] = {"prefill_stages": "1"}
+        given["calibration"] = "?" if method.calibrated else None
         method.config(**{k: v for k, v in given.items() if k not in method.settings})
     return list(chosen.values())
 

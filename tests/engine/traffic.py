@@ -67,7 +67,7 @@ def batch(source: Source) -> Scenario:
         Ask("long run from nothing", source.take(2), tokens=100),
         Ask("long run, own budget", source.take(500), tokens=100, extra={"kv_budget": 64}),
         *(Ask(f"{n} tokens", source.take(n)) for n in (1, 3, 8, 9, 31, 32, 33, 63, 64, 65, 96)),
-        *(Ask(f"{n} tokens", source.take(n)) for n in (127, 129, 256, 511, 800)),
+        *(Ask(f"{n} tokens", source.take(n)) for n in (127, 129, 256, 511, 1500)),
         *(Ask(f"off, {n} tokens", source.take(n), extra=OFF) for n in (5, 150, 450)),
         Ask("samples", source.take(200), samples=2, tokens=40),
         Ask("first of prefix", prefix + source.take(10)),
@@ -91,7 +91,7 @@ def single(source: Source) -> Scenario:
         Ask("same prefix, off", prefix + source.take(3), extra=OFF),
         Ask("prefix alone", prefix),
         Ask("tiny", source.take(1)),
-        Ask("long", source.take(600), tokens=20),
+        Ask("long", source.take(900), tokens=20),
     ]
     return Scenario("single", tuple(asks), at_once=1)
 
@@ -107,7 +107,7 @@ def middle(source: Source) -> Scenario:
         Ask("in the middle of a block", source.take(420), tokens=40, extra={"kv_compact_at": 333}),
         Ask("at the end", prefix + source.take(30), tokens=40),
         Ask("again while reading", source.take(300), extra={"kv_compact_at": 150}),
-        Ask("long", source.take(500)),
+        Ask("long", source.take(700)),
         Ask("too early", source.take(200), extra={"kv_compact_at": 10}),
     ]
     asks.append(replace(asks[1], name="the same again"))
@@ -127,7 +127,7 @@ def aborts(source: Source) -> Scenario:
     """Some give up: before their first token, and before and after a compaction."""
     asks = []
     for i, at in enumerate([None, 0, 1, None, 2, 40, None, 17, None, 33, 0, None]):
-        ask = Ask(f"{i} {at}", source.take(40 + 30 * i), tokens=60 if at else 24, abort_at=at)
+        ask = Ask(f"{i} {at}", source.take(40 + 50 * i), tokens=60 if at else 24, abort_at=at)
         asks.append(ask)
     return Scenario("aborts", tuple(asks))
 
