@@ -20,6 +20,8 @@ KEEPS = (0.5, 0.25, 0.125, 0.0625)
 
 #: settings of a method that are no `kv_settings` of its requests
 _OF_THE_ENGINE = ("policy", "prefill_keep", "prefill_stages")
+#: settings of a method that runs in kvpress and not in vLLM: the press, see `engines.kvpress.build`
+_PRESS = "kvpress"
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Method:
         name: short, as in tables.
         about: what it is and where it comes from.
         settings: of :class:`uncomp.config.UncompConfig`, beside the keep ratio; empty for the full
-            cache.
+            cache. ``kvpress`` alone describes a press of that library instead.
         full: nothing is dropped.
         calibrated: needs a calibration file (entropies of queries, or stages of layers).
         engine: arguments of the engine it needs, if not those of the run.
+        library: "vllm", or "kvpress" with Hugging Face transformers.
     """
 
     name: str
@@ -42,11 +45,14 @@ class Method:
     full: bool = False
     calibrated: bool = False
     engine: Mapping[str, Any] = field(default_factory=dict)
+    library: str = "vllm"
 
     def request(self, keep: float) -> dict[str, Any]:
         """``extra_args`` of a request (values that also fit ``vllm_xargs``)."""
         if self.full:
             return {"kv_compress": "false"}
+        if _PRESS in self.settings:
+            return {"kv_keep": keep, _PRESS: json.dumps(self.settings[_PRESS], sort_keys=True)}
         # Said even where it is the default: the engine's own may be those of another method.
         own = PRESETS.get(self.settings.get("policy", ""), {})
         rest: dict[str, Any] = {"window": own.get("window", UncompConfig(keep=1.0).window)}
@@ -86,6 +92,13 @@ def _prune(keep: float, scores: str) -> Method:
         calibrated=True,
     )
 
+
+def _press(name: str, about: str, **described: Any) -> Method:
+    return Method(f"kvpress-{name}", f"kvpress: {about}", {_PRESS: described}, library="kvpress")
+
+
+#: as kvpress ships and recommends them
+_EXPECTED = {"class": "ExpectedAttentionPress", "epsilon": 0.01}
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -142,6 +155,39 @@ METHODS: dict[str, Method] = {
         _entropy("entropy-reversed", "control: high entropy keeps less", reverse=True),
         Method("uncomp-v1", "UNComp v1 as published", {"policy": "uncomp-v1"}, calibrated=True),
         Method("uncomp-v2", "UNComp v2 as published", {"policy": "uncomp-v2"}, calibrated=True),
+        Method("kvpress-full", "kvpress: full cache, a check", full=True, library="kvpress"),
+        _press("snapkv", "SnapKV, its window of 64 and pooling of 5", **{"class": "SnapKVPress"}),
+        _press(
+            "adakv-snapkv",
+            "Ada-KV over its SnapKV",
+            **{"class": "AdaKVPress", "press": {"class": "SnapKVPress"}},
+        ),
+        _press(
+            "pyramidkv",
+            "PyramidKV: fewer tokens in higher layers",
+            **{"class": "PyramidKVPress"},
+        ),
+        _press("tova", "TOVA: attention of the last token", **{"class": "TOVAPress"}),
+        _press("keydiff", "KeyDiff", **{"class": "KeyDiffPress"}),
+        _press("expected", "expected attention", **_EXPECTED),
+        _press(
+            "adakv-expected",
+            "Ada-KV over expected attention",
+            **{"class": "AdaKVPress", "press": _EXPECTED},
+        ),
+        _press(
+            "critical-expected",
+            "CriticalKV and Ada-KV over expected attention",
+            **{
+                "class": "CriticalAdaKVPress",
+                "press": {"class": "ExpectedAttentionPress", "use_vnorm": False},
+            },
+        ),
+        _press(
+            "kvzip",
+            "KVzip: reads the context again; for prompts before their question",
+            **{"class": "KVzipPress"},
+        ),
         *(_prune(keep, scores) for scores in PREFILL_SCORES for keep in (0.75, 0.5, 0.375)),
     )
 }
@@ -172,8 +218,15 @@ def find(
     for name, settings in (extra or {}).items():
         if name in known:
             raise ValueError(f"method {name!r} is built in: give yours another name")
-        prunes = "prefill_keep" in settings
-        known[name] = Method(name, "given by the user", dict(settings), calibrated=prunes)
+        if _PRESS in settings and len(settings) > 1:
+            raise ValueError(f"method {name!r}: {_PRESS!r} takes no other settings beside it")
+        known[name] = Method(
+            name,
+            "given by the user",
+            dict(settings),
+            calibrated="prefill_keep" in settings,
+            library="kvpress" if _PRESS in settings else "vllm",
+        )
     chosen: dict[str, Method] = {"full": known["full"]}
     for name in names:
         if name in IMPOSSIBLE:
@@ -182,7 +235,7 @@ def find(
             raise ValueError(f"unknown method {name!r}; there are: {', '.join(known)}")
         chosen[name] = known[name]
     for method in chosen.values():
-        if method.full:
+        if method.full or method.library != "vllm":
             continue
         # Only the engine knows the stages and the calibration: these stand for them.
         given: dict[str, Any] = {"prefill_stages": "1"}

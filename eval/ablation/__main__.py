@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from uncomp.eval.ablation import variants
-from uncomp.eval.ablation.measure import Case, measure, reference_spans
+from uncomp.eval.ablation.measure import Case, measure, reference_spans, signs
 from uncomp.eval.ablation.replay import Reading, Replay
-from uncomp.eval.ablation.shared import forget
+from uncomp.eval.ablation.shared import entropy, forget, windows
 from uncomp.eval.run.prompts import Prompt, Renderer
 from uncomp.eval.tasks import registry
 from uncomp.eval.tasks.base import Sample, Wanted
@@ -142,11 +142,14 @@ def _rows(replay: Replay, case: Case, args: argparse.Namespace) -> list[dict[str
     reference = replay.follow(case.reading, everything, case.fed, len(case.answer) - case.known)[0]
     rows: list[dict[str, Any]] = []
     batch: list[tuple[str, float, Tensor]] = []
+    attention = windows(case.reading, replay)[32, "sum", "sum"]
+    h = entropy(case.reading, "renormalized")
 
     def follow() -> None:
         found = measure(replay, case, torch.stack([mask for _, _, mask in batch]), reference)
         for (name, keep, mask), values in zip(batch, found, strict=True):
             kept = round(float(mask.float().mean()), 4)
+            values |= signs(attention, mask, h)
             rows.append({"full": case.full, "variant": name, "keep": keep, "kept": kept, **values})
         batch.clear()
 

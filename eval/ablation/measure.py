@@ -84,6 +84,26 @@ def measure(
     return found
 
 
+def signs(attention: Tensor, kept: Tensor, entropy: Tensor) -> dict[str, float]:
+    """What is known of a loss when a prompt is compressed, before any answer.
+
+    Args:
+        attention: `[L, H, N]`, sum of what the last queries pay to each token.
+        kept: `[L, H, N]` bool.
+        entropy: `[L, H]`, of the heads' keys.
+
+    Returns:
+        ``missed``: share of the attention that goes to what is dropped, mean over heads;
+        ``missed_worst``: of the layer with the largest; ``entropy``: mean over heads.
+    """
+    missed = 1 - (attention * kept).sum(-1) / attention.sum(-1)
+    return {
+        "missed": float(missed.mean()),
+        "missed_worst": float(missed.mean(1).max()),
+        "entropy": float(entropy.mean()),
+    }
+
+
 def _score(case: Case, right: list[bool]) -> float:
     """The full cache's score, less the references that would not have been said."""
     if not case.spans:

@@ -64,6 +64,10 @@ class EngineError(RuntimeError):
     """The engine cannot do what was asked, or failed; the message says which and what to do."""
 
 
+class EngineMissing(EngineError):
+    """The engine is not installed in this environment; others of the same run may be."""
+
+
 class Engine(Protocol):
     """An engine that answers requests.
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from uncomp.eval.engines.base import FORCED, Answer, Ask, EngineError
+from uncomp.eval.engines.base import FORCED, Answer, Ask, EngineError, EngineMissing
 from uncomp.eval.engines.identity import identity
 from uncomp.eval.engines.records import token_record
 from uncomp.eval.tasks.teacher_forcing import TokenRecord
@@ -36,7 +36,7 @@ class LocalEngine:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise EngineError("vLLM is not installed: pip install 'uncomp[vllm]'") from error
+            raise EngineMissing("vLLM is not installed: pip install 'uncomp[vllm]'") from error
         from uncomp.eval.engines.forced import PATH
 
         given: dict[str, Any] = {

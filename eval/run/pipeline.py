@@ -12,7 +12,7 @@ from typing import Any
 
 from uncomp.eval import methods as catalogue
 from uncomp.eval.bench.rows import machine
-from uncomp.eval.engines.base import Engine
+from uncomp.eval.engines.base import Engine, EngineMissing
 from uncomp.eval.methods import Method
 from uncomp.eval.run.plan import Plan, PlanError
 from uncomp.eval.run.predict import pending, predict
@@ -111,6 +111,12 @@ def load_tokenizer(plan: Plan) -> Any:
 
 def start_engine(plan: Plan, methods: Sequence[Method]) -> Engine:
     """The server of the plan, or an engine here that can serve ``methods``."""
+    if methods[0].library == "kvpress":
+        from uncomp.eval.engines.kvpress import KvpressEngine
+
+        window = plan.engine.get("max_model_len", _window(plan))
+        dtype = plan.engine.get("dtype", "auto")
+        return KvpressEngine(plan.model, window, plan.revision, dtype)
     if plan.base_url is not None:
         from uncomp.eval.engines.http import HttpEngine
 
@@ -148,17 +154,24 @@ def _predict(
     if not any(True for _ in pending(store, samples, methods)):
         say("every question is answered")
         return
+    missing = None
     for same in _by_engine(methods):
         if not any(True for _ in pending(store, samples, same)):
             continue
         say(f"starting the engine for {', '.join(m.name for m in same)}")
-        engine = start(store.plan, same)
+        try:
+            engine = start(store.plan, same)
+        except EngineMissing as error:
+            missing = error  # those that are here go first
+            continue
         try:
             note_engine(store, engine.facts(), same)
             with _bar(say) as advance:
                 predict(store, samples, same, engine, advance)
         finally:
             engine.close()
+    if missing is not None:
+        raise missing
 
 
 def note_engine(store: Store, found: dict[str, Any], served: list[Method]) -> None:
@@ -171,16 +184,19 @@ def note_engine(store: Store, found: dict[str, Any], served: list[Method]) -> No
     this = {name: here[name] for name in ("cpu", "cores")}
     commits = [c for c in known.get("commit", "").split(" + ") if c not in ("", here["commit"])]
     machines = [m for m in known.get("machine", []) if m != this]
+    versions["uncomp"] = here["uncomp"]
+    if served[0].library != "vllm":  # the run's versions are those of the engine it is about
+        versions = known.get("versions", versions)
     store.add_facts(
         model=found.get("model", store.plan.model),
         revision=found.get("revision"),
         machine=[*machines, this],
-        versions={**versions, "uncomp": here["uncomp"]},
+        versions=versions,
         commit=" + ".join([*commits, here["commit"]]),
         date=here["date"],
         command=_command(),
         engines=engines if one in engines else [*engines, one],
-        kv_bytes_per_token=found.get("kv_bytes_per_token"),
+        kv_bytes_per_token=found.get("kv_bytes_per_token", known.get("kv_bytes_per_token")),
     )
 
 
@@ -188,7 +204,8 @@ def _by_engine(methods: list[Method]) -> Iterator[list[Method]]:
     """Methods that one engine can serve together."""
     groups: dict[str, list[Method]] = {}
     for method in methods:
-        groups.setdefault(json.dumps(dict(method.engine), sort_keys=True), []).append(method)
+        needs = [method.library, dict(method.engine)]
+        groups.setdefault(json.dumps(needs, sort_keys=True), []).append(method)
     yield from groups.values()
 
 

@@ -55,6 +55,7 @@ class Setup:
     vocabulary: int = 12
     stop: bool = True  # token 0 ends a request, which the scheduler learns late
     prefix_caching: bool = True
+    wide_rows: bool = False  # compressed rows of several tokens, as on CPUs
     seed: int = 0
 
 
@@ -78,6 +79,7 @@ class Simulation:
         config = _vllm_config(setup)
         self.scheduler = _scheduler(setup, config)
         self.planner: CompactionPlanner = self.scheduler._planner
+        self.planner.wide_rows = setup.wide_rows
         self.manager: CompressedManager = self.scheduler._manager
         self.pool = self.manager.block_pool
         self.config = self.planner.config

@@ -63,6 +63,7 @@ def _run(
         shape=Shape(rng.randint(longest // size + 3, 2 * longest // size), size),
         max_model_len=longest,
         max_num_batched_tokens=rng.choice([8, 16, 40]),
+        wide_rows=not asynchronous,  # CPU engines are neither asynchronous nor narrow
         seed=seed,
         **more,
     )

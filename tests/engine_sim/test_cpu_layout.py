@@ -6,6 +6,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from uncomp.engine import cpu_layout
+from uncomp.engine.cpu_backend import _by_sequence
 from uncomp.engine.cpu_layout import CacheLayout, HalfLayout, probe_layout
 
 SHAPES = [
@@ -123,3 +124,16 @@ def test_a_layout_that_is_no_permutation_is_refused(
     isa = _get_attn_isa(torch.bfloat16, 32, 64)
     with pytest.raises(RuntimeError, match=r"block size 32, head size 64.* is not a permutation"):
         probe_layout(32, 64, torch.bfloat16, isa)
+
+
+def test_queries_go_sequence_by_sequence() -> None:
+    """Row, then KV head, then token: as the kernel wants rows of several tokens."""
+    first, counts, heads = [3, 4, 9], [1, 4, 2], 3
+    expected = [
+        (start + token) * heads + head
+        for start, count in zip(first, counts, strict=True)
+        for head in range(heads)
+        for token in range(count)
+    ]
+    found = _by_sequence(torch.tensor(first), torch.tensor(counts), heads)
+    assert found.tolist() == expected

@@ -11,7 +11,9 @@ from uncomp.engine.orders import ATTRIBUTE, Receipt, StepPlan
 PROMPT = list(range(1, 11)) * 4  # 40 tokens, 10 blocks
 
 
-def simulation(lag: int = 0, blocks: int = 64, **settings: Any) -> Simulation:
+def simulation(
+    lag: int = 0, blocks: int = 64, wide_rows: bool = False, **settings: Any
+) -> Simulation:
     base = {"keep": 0.25, "policy": "uniform", "pooling": 1, "min_tokens": 8, "window": 2}
     given = base | {"sinks": 1, "recompact_every": 0} | settings
     if "budget" in settings:
@@ -24,6 +26,7 @@ def simulation(lag: int = 0, blocks: int = 64, **settings: Any) -> Simulation:
             lag=lag,
             max_num_batched_tokens=64,
             stop=False,
+            wide_rows=wide_rows,
         )
     )
 
@@ -118,6 +121,43 @@ def test_compaction_in_the_middle_of_a_prompt(lag: int, place: int) -> None:
     at = place % 40
     assert ordered_at == [at]
     assert chunks[: 1 + 40 - at] == [at] + [1] * (40 - at)
+    sim.drain()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_where_rows_can_be_wide_what_follows_is_read_at_once(lag: int) -> None:
+    sim = simulation(lag, wide_rows=True)
+    sim.add("a", PROMPT, 5, kv_compact_at=21)
+    chunks: list[int] = []
+    while sim.scheduler.has_requests() or sim.in_flight:
+        sim.step(
+            lambda moment: (
+                chunks.extend(sim.in_flight[-1].output.num_scheduled_tokens.values())
+                if moment == "scheduled"
+                else None
+            )
+        )
+    assert chunks[:3] == [21, 19, 1]
+    sim.drain()
+
+
+def test_wide_rows_end_where_the_next_compaction_is_due() -> None:
+    """So that what is kept does not depend on how a prompt was cut into chunks."""
+    sim = simulation(wide_rows=True, budget=12, recompact_every=8)
+    sim.add("a", PROMPT, 3, kv_compact_at=20)
+    ordered_at: list[int] = []
+    chunks: list[int] = []
+
+    def note(moment: str) -> None:
+        if moment == "scheduled":
+            output = sim.in_flight[-1].output
+            chunks.extend(output.num_scheduled_tokens.values())
+            ordered_at.extend(o.num_tokens for o in getattr(output, ATTRIBUTE).orders)
+
+    while sim.scheduler.has_requests() or sim.in_flight:
+        sim.step(note)
+    assert ordered_at == [20, 28, 36]
+    assert chunks[:4] == [20, 8, 8, 4]
     sim.drain()
 
 
@@ -253,18 +293,6 @@ def test_worker_that_lost_a_compaction_refuses_the_step() -> None:
     sim.seat.requests.drop("a")
     with pytest.raises(RuntimeError, match="was compacted 1 times, this worker knows of 0"):
         sim.step()
-
-
-def test_compacted_row_with_several_tokens_is_refused() -> None:
-    sim = simulation()
-    sim.add("a", PROMPT, 30)
-    sim.step()
-    output = sim.scheduler.schedule()
-    resident = sim.runner.residents["a"]
-    resident.tokens += [1]
-    output.num_scheduled_tokens["a"] = 2
-    with pytest.raises(RuntimeError, match="2 tokens in one step; only one is supported"):
-        sim.worker.execute_model(output)
 
 
 def test_missing_queries_are_an_error() -> None:

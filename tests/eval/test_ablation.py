@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from uncomp.eval.ablation import choose, features, variants
-from uncomp.eval.ablation.measure import Case, measure, reference_spans
+from uncomp.eval.ablation import choose, features, per_prompt, variants
+from uncomp.eval.ablation.measure import Case, measure, reference_spans, signs
 from uncomp.eval.ablation.replay import Replay
 from uncomp.eval.ablation.shared import both, forget
 from uncomp.eval.ablation.summary import table
@@ -185,3 +187,45 @@ def test_summary_pairs_samples_and_averages_tasks() -> None:
     assert (second["difference"], second["samples"], second["tasks"]) == (50.0, 5, 2)
     assert second["kl"] == 0.3
     assert second["kl_samples"] == 6
+
+
+def test_signs_of_a_loss() -> None:
+    attention = torch.tensor([[[3.0, 1.0], [1.0, 1.0]], [[1.0, 3.0], [0.0, 4.0]]])
+    kept = torch.tensor([[[True, False], [True, True]], [[True, False], [True, False]]])
+    found = signs(attention, kept, torch.tensor([[0.5, 0.25], [0.5, 0.75]]))
+    assert found == {"missed": 0.5, "missed_worst": 0.875, "entropy": 0.5}
+
+
+def _rows(helpful: bool) -> list[dict[str, Any]]:
+    """Half of the prompts lose a lot at the small ratio; the sign knows which, or knows nothing."""
+    rows = []
+    for i in range(40):
+        hard = i % 2 == 0
+        known = hard if helpful else i % 4 < 2
+        for keep in (0.125, 0.5):
+            kl = 1.0 + 0.001 * i if hard and keep < 0.2 else 0.001 * i
+            sign = 0.3 if known and keep < 0.2 else 0.01
+            rows.append(
+                {"variant": "uncomp", "task": "t", "sample": str(i), "keep": keep, "kl": kl}
+                | {name: sign + 1e-5 * i for name in per_prompt.SIGNS}
+            )
+    return rows
+
+
+@pytest.mark.parametrize("helpful", [True, False], ids=["knows", "does-not-know"])
+def test_a_sign_that_knows_saves_bytes_and_one_that_does_not_saves_none(helpful: bool) -> None:
+    found = per_prompt.correlations(_rows(helpful), "uncomp")
+    (small,) = [x for x in found if x["sign"] == "missed" and x["keep"] == 0.125]
+    assert (small["correlation"] > 0.7) == helpful
+    assert small["low"] <= small["correlation"] <= small["high"]
+    lines = per_prompt.adaptive(_rows(helpful), "uncomp", "missed")
+    line = min(lines, key=lambda x: abs(x["kept"] - 0.3125))
+    share = (line["kept"] - 0.125) / 0.375
+    assert 0.2 < share < 0.8
+    # Equal shares lose what their place between the two ratios says.
+    assert line["kl_equal"] == pytest.approx(0.5 * (1 - share) + 0.0195, abs=0.01)
+    if helpful:
+        assert line["high"] < 0
+        assert line["kl"] < 0.15
+    else:
+        assert line["low"] < 0 < line["high"]

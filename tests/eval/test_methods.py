@@ -14,7 +14,10 @@ from uncomp.request import request_settings
 SERVER = UncompConfig.from_mapping(server_settings(list(METHODS.values()), "calibration.json"))
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+OURS = {name: method for name, method in METHODS.items() if method.library == "vllm"}
+
+
+@pytest.mark.parametrize("method", OURS.values(), ids=OURS)
 def test_one_server_serves_them_all(method: Method) -> None:
     """A request under a method is served as by an engine with the method's own configuration."""
     asked = request_settings(json.loads(json.dumps(method.request(0.25))), SERVER, 4096)
@@ -54,6 +57,16 @@ def test_own_methods() -> None:
     found = find(["wide"], {"wide": {"policy": "entropy", "window": 48}})
     assert json.loads(found[1].request(0.5)["kv_settings"])["window"] == 48
     assert server_settings(found)["window"] == 48
+
+
+def test_presses_of_kvpress() -> None:
+    press = {"class": "AdaKVPress", "press": {"class": "SnapKVPress", "window_size": 32}}
+    found = find(["kvpress-full", "kvpress-tova", "mine"], {"mine": {"kvpress": press}})
+    assert [m.library for m in found] == ["vllm", "kvpress", "kvpress", "kvpress"]
+    assert json.loads(found[3].request(0.5)["kvpress"]) == press
+    assert [c.keep for c in cases(found, (0.5,))] == [1.0, 1.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match="takes no other settings"):
+        find(["mine"], {"mine": {"kvpress": press, "window": 8}})
 
 
 def test_methods_that_prune() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 from letters import Letters
 
-from uncomp.eval.engines.base import Answer, Ask, EngineError
+from uncomp.cli import main
+from uncomp.eval.engines.base import Answer, Ask, EngineError, EngineMissing
 from uncomp.eval.methods import METHODS, Method
 from uncomp.eval.run import pipeline
 from uncomp.eval.run.plan import Plan, PlanError
@@ -188,6 +191,34 @@ def test_query_agnostic_runs_compress_before_the_question(tmp_path: Path) -> Non
     assert "query-agnostic" in (store.folder / "report" / "report.md").read_text("utf-8")
 
 
+def test_an_engine_that_is_not_here_is_left_for_another_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM and kvpress do not fit into one environment, but work on one folder."""
+    here = "kvpress"
+
+    def start(plan: Plan, methods: Sequence[Method]) -> Scripted:
+        if methods[0].library == here:
+            raise EngineMissing(f"{here} is not installed")
+        return Scripted(methods)
+
+    names = ("snapkv", "kvpress-full", "kvpress-snapkv")
+    store = Store.create(tmp_path / "run", plan(methods=names, samples=2))
+    with pytest.raises(EngineMissing, match="kvpress is not installed"):
+        pipeline.run(store, STAGES, quiet, start)
+    done = {(p.case.method, p.case.keep) for p in store.predictions()}
+    assert done == {("full", 1.0), ("snapkv", 0.5), ("snapkv", 0.25)}
+    versions = store.facts()["versions"]
+    here, machine = "vllm", pipeline.machine()
+    monkeypatch.setattr(pipeline, "machine", lambda: {**machine, "transformers": "another"})
+    pipeline.run(store, STAGES, quiet, start)
+    done = {(p.case.method, p.case.keep) for p in store.predictions()}
+    assert {("kvpress-full", 1.0), ("kvpress-snapkv", 0.25)} < done
+    assert {s.value for s in store.scores() if s.case.method == "kvpress-full"} == {1.0}
+    assert store.facts()["versions"] == versions
+    assert "kvpress-snapkv" in (store.folder / "report" / "report.md").read_text("utf-8")
+
+
 def test_likelihood_is_compared_with_the_full_cache(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "run", plan(tasks=("likelihood/repeat",), samples=2))
     pipeline.run(store, STAGES[:3], quiet, lambda plan, methods: Scripted(methods))
@@ -252,3 +283,33 @@ def test_stages_say_what_they_miss(tmp_path: Path) -> None:
 def test_plans_are_checked_before_anything_starts(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(PlanError, match=says):
         pipeline.check(plan(**changes))
+
+
+def test_sigterm_closes_the_engine() -> None:
+    """As a scheduler or `timeout` ends a run: the engine's processes must not stay behind."""
+    program = (
+        "import sys, time\n"
+        "from uncomp.cli.eval import guarded\n"
+        "def work(say):\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('closed', flush=True)\n"
+        "sys.exit(guarded('eval', work))\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.terminate()
+    assert child.communicate(timeout=50)[0] == "closed\n"
+    assert child.returncode == 130
+
+
+def test_methods_of_ones_own_need_not_be_named_twice(tmp_path: Path) -> None:
+    command = [
+        "eval", "prepare", "m", "--tasks", "needle", "--samples", "1", "--no-chat",
+        "--methods", "snapkv", "--method", 'wide={"window": 64}', "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert Store(tmp_path / "run").plan.methods == ("snapkv", "wide")

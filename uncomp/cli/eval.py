@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +152,8 @@ def guarded(command: str, work: Callable[[Callable[[str], None]], int]) -> int:
         print(f"uncomp {command}: {text}", file=sys.stderr, flush=True)
 
     try:
-        return work(say)
+        with _unwinding():
+            return work(say)
     except (EngineError, DataError) as error:
         say(f"error: {error}")
         return 1
@@ -161,11 +165,25 @@ def guarded(command: str, work: Callable[[Callable[[str], None]], int]) -> int:
         return 130
 
 
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """Let SIGTERM end this program like Ctrl-C, or the engine's processes would outlive it."""
+    if threading.current_thread() is not threading.main_thread():  # cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _new_run(args: argparse.Namespace) -> Any:
     from uncomp.eval.run.pipeline import check
     from uncomp.eval.run.plan import Plan
     from uncomp.eval.run.store import Store
 
+    own = named_values("--method", args.method)
     plan = Plan(
         model=args.model,
         revision=args.revision,
@@ -173,8 +191,8 @@ def _new_run(args: argparse.Namespace) -> Any:
         lengths=tuple(int(word) for word in words(args.lengths)),
         samples=args.samples,
         seed=args.seed,
-        methods=tuple(words(args.methods)),
-        custom=named_values("--method", args.method),
+        methods=tuple(dict.fromkeys([*words(args.methods), *own])),
+        custom=own,
         keeps=tuple(float(word) for word in words(args.keep)),
         chat=args.chat,
         data=args.data,

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from uncomp.config import UncompConfig
 from uncomp.engine import admission, compat, conflicts, metrics
 from uncomp.engine.calibrated import load_checked, schedule_of
-from uncomp.engine.settings import make_policy, requested
+from uncomp.engine.settings import CPU_WORKER, make_policy, requested
 from uncomp.patches.apply import apply_all
 
 logger = logging.getLogger("vllm.uncomp")
@@ -25,7 +25,7 @@ logger = logging.getLogger("vllm.uncomp")
 V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 WORKERS = {
-    "cpu": "uncomp.engine.worker.CompactingCPUWorker",
+    "cpu": CPU_WORKER,
     "cuda": "uncomp.engine.cuda_worker.CompactingCUDAWorker",
 }
 SCHEDULER = "uncomp.engine.scheduler.CompactingScheduler"

@@ -35,14 +35,15 @@ class CompressedRows:
     """Attention inputs of the compressed rows, one sequence per (row, KV head).
 
     Attributes:
-        tokens: [rows] int64, index of each row's only token in the batch; ``None`` = all tokens.
-        starts: [sequences + 1] int32, 0, 1, 2, ...: every sequence has one query.
+        order: [queries] int64, the sequences' queries in the batch seen as [tokens * KV heads];
+            ``None`` = all of it, as it is: no other rows, and one token each.
+        starts: [sequences + 1] int32, where the queries of a sequence begin.
         lengths: [layers, sequences] int32.
         tables: [layers, sequences, width] int32, sub-block numbers.
         schedules: per layer, the kernel's own work plan.
     """
 
-    tokens: Tensor | None
+    order: Tensor | None
     starts: Tensor
     lengths: Tensor
     tables: Tensor
@@ -128,8 +129,11 @@ class SeatedBuilder(CPUAttentionMetadataBuilder):
     def _compressed_rows(self, step: Any, common: Any) -> CompressedRows:
         assert self.seat is not None
         batch = self.seat.requests.batch(step.slots, common.seq_lens[step.compressed_rows])
-        sequences = batch.lengths.shape[1]
-        starts = torch.arange(sequences + 1, dtype=torch.int32)
+        heads = self.num_kv_heads
+        first = common.query_start_loc[step.compressed_rows].long()
+        counts = common.query_start_loc[step.compressed_rows + 1].long() - first
+        starts = torch.zeros(batch.lengths.shape[1] + 1, dtype=torch.int32)
+        starts[1:] = counts.repeat_interleave(heads).cumsum(0)
         plan_of: dict[bytes, Tensor] = {}
         schedules = []
         for lengths in batch.lengths:
@@ -138,10 +142,10 @@ class SeatedBuilder(CPUAttentionMetadataBuilder):
             if key not in plan_of:
                 plan_of[key] = self._schedule(lengths, starts)
             schedules.append(plan_of[key])
-        tokens = None
-        if step.plain_rows.numel():
-            tokens = common.query_start_loc[step.compressed_rows].long()
-        return CompressedRows(tokens, starts, batch.lengths, batch.tables, schedules)
+        order = None
+        if step.plain_rows.numel() or int(counts.max()) > 1:
+            order = _by_sequence(first, counts, heads)
+        return CompressedRows(order, starts, batch.lengths, batch.tables, schedules)
 
     def _schedule(self, lengths: Tensor, starts: Tensor) -> Tensor:
         return ops.cpu_attn_get_scheduler_metadata(
@@ -189,15 +193,10 @@ class SeatedImpl(CPUAttentionBackendImpl):
             meta.seat.queries[self.layer_index][destination] = query[source]
         if meta.compressed is None:
             return super().forward(layer, query, key, value, kv_cache, meta, output, *rest)
-        tokens = meta.compressed.tokens
-        if tokens is None:
-            count = meta.num_actual_tokens
-            self._attend(meta.compressed, query[:count], kv_cache, output[:count])
+        count = meta.num_actual_tokens
+        self._attend(meta.compressed, query[:count], kv_cache, output[:count])
+        if meta.plain is None:
             return output
-        own = torch.empty_like(output[: tokens.shape[0]])
-        self._attend(meta.compressed, query[tokens], kv_cache, own)
-        output[tokens] = own
-        assert meta.plain is not None
         others = torch.empty_like(output[: meta.plain.num_actual_tokens])
         super().forward(
             layer, query[meta.plain_tokens], key, value, kv_cache, meta.plain, others, *rest
@@ -208,15 +207,18 @@ class SeatedImpl(CPUAttentionBackendImpl):
     def _attend(
         self, rows: CompressedRows, query: Tensor, kv_cache: Tensor, output: Tensor
     ) -> None:
-        """query, output: [rows, num_heads, head_size] (output contiguous)."""
-        sequences = rows.starts.shape[0] - 1
-        shape = (sequences, self.num_queries_per_kv, self.head_size)
+        """query, output: [tokens, num_heads, head_size] (output contiguous)."""
+        shape = (-1, self.num_queries_per_kv, self.head_size)
+        queries, attended = query.reshape(shape), output.view(shape)
+        if rows.order is not None:
+            queries = queries[rows.order]
+            attended = torch.empty_like(queries)
         key_cache, value_cache = self._views(kv_cache)
         ops.cpu_attention_with_kv_cache(
-            query=query.reshape(shape),
+            query=queries,
             key_cache=key_cache,
             value_cache=value_cache,
-            output=output.view(shape),
+            output=attended,
             query_start_loc=rows.starts,
             seq_lens=rows.lengths[self.layer_index],
             scale=self.scale,
@@ -232,6 +234,8 @@ class SeatedImpl(CPUAttentionBackendImpl):
             v_scale=1.0,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+        if rows.order is not None:
+            output.view(shape)[rows.order] = attended
 
     def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """The cache as sub-blocks [num_blocks * heads, 1, block_size, head_size], K and V."""
@@ -241,6 +245,19 @@ class SeatedImpl(CPUAttentionBackendImpl):
             keys, values = flat.chunk(2, dim=2)
             self._sub_blocks = (kv_cache.data_ptr(), keys, values)
         return self._sub_blocks[1], self._sub_blocks[2]
+
+
+def _by_sequence(first: Tensor, counts: Tensor, heads: int) -> Tensor:
+    """Queries of rows, sequence by sequence (row, then KV head, then token), each as
+    ``token * heads + head``.
+
+    Args:
+        first, counts: [rows] int64, a row's first token in the batch, and how many it has.
+    """
+    of_row = counts * heads  # queries
+    row = torch.arange(len(counts)).repeat_interleave(of_row)
+    place = torch.arange(int(of_row.sum())) - (of_row.cumsum(0) - of_row)[row]
+    return (first[row] + place % counts[row]) * heads + place // counts[row]
 
 
 def _select_rows(common: Any, rows: Tensor) -> tuple[Any, Tensor]:

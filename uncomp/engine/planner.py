@@ -58,6 +58,7 @@ class CompactionPlanner:
         max_model_len: longest sequence the engine accepts.
         counters: where to count.
         schedule: where prompt tokens leave; ``None``: prompts are not pruned.
+        wide_rows: the worker attends to compressed rows of several tokens.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class CompactionPlanner:
         max_model_len: int,
         counters: Counters,
         schedule: Schedule | None = None,
+        wide_rows: bool = False,
     ) -> None:
         self.config = config
         self.manager = manager
@@ -74,6 +76,7 @@ class CompactionPlanner:
         self.max_model_len = max_model_len
         self.counters = counters
         self.schedule = schedule
+        self.wide_rows = wide_rows
         self.tracked: dict[str, Tracked] = {}
 
     def admit(self, request: Any) -> None:
@@ -110,9 +113,14 @@ class CompactionPlanner:
         place = getattr(request.block_hashes, "limit", None)
         if place is None:
             return wanted
-        # The end of a chunk is where a compaction can be; after it, the worker attends to
-        # compressed rows of one token.
-        return min(wanted, place - start if start < place else 1)
+        # The end of a chunk is where a compaction can be.
+        if start < place:
+            return min(wanted, place - start)
+        if not self.wide_rows:
+            return min(wanted, 1)
+        tracked = self.tracked.get(request.request_id)
+        trigger = tracked.trigger if tracked is not None else None
+        return wanted if trigger is None else min(wanted, max(1, trigger - start))
 
     def plan(self, output: Any, requests: Mapping[str, Any]) -> StepPlan:
         """Decide for the step that ``schedule()`` has just put together.

@@ -13,7 +13,7 @@ from uncomp.engine.calibrated import schedule_of
 from uncomp.engine.counters import Counters, counter_file
 from uncomp.engine.orders import ATTRIBUTE
 from uncomp.engine.planner import CompactionPlanner
-from uncomp.engine.settings import engine_config
+from uncomp.engine.settings import CPU_WORKER, engine_config
 
 logger = logging.getLogger("vllm.uncomp")
 
@@ -51,6 +51,7 @@ class _Compacting(_Base):
             self.max_model_len,
             self._counters,
             schedule,
+            wide_rows=self.vllm_config.parallel_config.worker_cls == CPU_WORKER,
         )
         logger.info(
             "uncomp is active in the scheduler: policy=%s %s, window=%d, sinks=%d, pooling=%s %d, "

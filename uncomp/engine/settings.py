@@ -8,6 +8,8 @@ from uncomp import envs, policies
 from uncomp.config import UncompConfig
 
 KEY = "uncomp"
+#: name of the worker class of CPU engines
+CPU_WORKER = "uncomp.engine.worker.CompactingCPUWorker"
 
 
 def requested(vllm_config: Any) -> UncompConfig | None:
