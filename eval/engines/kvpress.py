@@ -271,6 +271,10 @@ class _Decoder:
     def feed(self, ids: Tensor) -> Tensor:
         """`[1, n]` token ids -> `[n, vocabulary]` logits after each of them."""
         count = ids.shape[1]
+        lengths = {layer.keys.shape[2] for layer in self._past.layers}
+        if count > 1 and len(lengths) > 1:
+            # One causal mask for all layers would not fit; a single token needs none.
+            return torch.cat([self.feed(ids[:, i : i + 1]) for i in range(count)])
         positions = torch.arange(self._position, self._position + count).unsqueeze(0)
         self._position += count
         layers = self._model.model.layers

@@ -78,6 +78,15 @@ class AlonePress(EndsPress):
             yield
 
 
+class PyramidPress(EndsPress):
+    """Keeps fewer in higher layers."""
+
+    def compress(self, module, hidden, keys, values, attention, kwargs):  # type: ignore[no-untyped-def]
+        less = 1 - (1 - self.compression_ratio) / (1 + module.layer_idx)
+        kept = torch.tensor(_ends(keys.shape[2], less, self.front))
+        return keys[:, :, kept], values[:, :, kept]
+
+
 @dataclass
 class MaskingPress(BasePress):
     """Says what is hidden and moves nothing, as Ada-KV does there."""
@@ -101,7 +110,7 @@ def _ends(count: int, ratio: float, front: int) -> list[int]:
 @pytest.fixture(scope="module")
 def library() -> ModuleType:
     module = ModuleType("kvpress")
-    for kind in (BasePress, EndsPress, AlonePress, MaskingPress):
+    for kind in (BasePress, EndsPress, AlonePress, PyramidPress, MaskingPress):
         setattr(module, kind.__name__, kind)
     return module
 
@@ -216,6 +225,18 @@ def test_likelihoods_are_those_of_the_masked_reference(engine: KvpressEngine) ->
         best = expected[i].topk(5)
         assert set(record.top_ids) == set(best.indices.tolist())
     assert len(answer.records) == 4
+
+
+def test_layers_may_keep_different_numbers(engine: KvpressEngine) -> None:
+    """As likelihood and as answer: a text fed at once is a text fed token by token."""
+    press = {"class": "PyramidPress", "front": 3}
+    (spoken,) = answered(engine, ask(300, 0.5, press, max_tokens=5, ignore_eos=True))
+    said = tuple(int(word[1:]) for word in spoken.text.split())
+    (forced,) = answered(engine, ask(300, 0.5, press, forced=said, top_logprobs=3))
+    assert [record.top_ids[0] for record in forced.records] == list(said)
+    assert spoken.kept is not None
+    kept = kept_tokens(0.5, 300)
+    assert spoken.kept["kept_tokens"] == 2 * (kept + kept // 2 + kept // 3)
 
 
 def test_requests_share_a_reading_without_disturbing_each_other(engine: KvpressEngine) -> None:
