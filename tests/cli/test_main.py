@@ -9,6 +9,7 @@ import pytest
 
 import uncomp
 from uncomp.cli import doctor, findings, main, serve
+from uncomp.config import UncompConfig
 from uncomp.plan import Target
 from uncomp.request import RequestSettings
 
@@ -187,6 +188,34 @@ def test_expected_blocks_of_several_compactions() -> None:
 
 def test_nothing_is_expected_of_a_short_prompt() -> None:
     assert findings.expected_freed(target(0.25), 100, 24, 4096) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counted", "status"),
+    [
+        (3072, (1, 3072 * 8 + 1536 * 22), "ok"),
+        (3072, (1, 3072 * 30), "FAIL"),
+        (3072, (0, 0), "FAIL"),
+        (1500, (0, 0), "FAIL"),
+    ],
+    ids=["as-planned", "nothing-dropped", "not-pruned", "prompt-too-short"],
+)
+def test_a_pruned_probe_is_held_against_the_schedule(
+    tokens: int, counted: tuple[int, int], status: str
+) -> None:
+    # one stage from layer 8 of 30 on; half of 3,072 is a whole number of blocks of 32
+    prompts, read = counted
+    found = {"prompts_pruned": float(prompts), "prefill_token_layers_read": float(read)}
+    seen = {
+        "tokens": tokens,
+        "block_size": 32,
+        "stages": {"starts": [8], "layers": 30},
+        "requests": [{}, {}, {"counted": found}],
+    }
+    config = UncompConfig(keep=0.25, prefill_keep=0.5, prefill_stages="8")
+    report = doctor.Report(quiet=True)
+    findings.pruning(seen, config, 0.5, report.add)
+    assert [fact.status for fact in report.facts] == [status]
 
 
 def steps(*tokens: int, gap: float = 1.0) -> dict[str, object]:

@@ -94,13 +94,22 @@ def _probe(report: Report, arguments: list[str], merged: dict[str, Any], config:
     # The probe needs requests with a budget of their own, whatever clients are allowed.
     own = {**merged, "overrides": "allow", "min_keep": 0.0}
     squeeze: dict[str, Any] = {} if config.keep != 1.0 else {"kv_keep": 0.25}
-    plugin = _engine(arguments, own, tokens=0, extra=[{"kv_budget": 10**9}, squeeze])
+    # Pruning is a request of its own: one that drops nothing is to equal stock vLLM.
+    unpruned = {} if config.prefill_keep is None else {"kv_prefill_keep": 1}
+    squeeze |= unpruned
+    asked = [{"kv_budget": 10**9, **unpruned}, squeeze]
+    if unpruned:
+        share = config.prefill_keep if config.prefill_keep < 1 else 0.5
+        asked.append({"kv_budget": 10**9, "kv_prefill_keep": share})
+    plugin = _engine(arguments, own, tokens=0, extra=asked)
     if "error" in plugin:
         report.add(FAIL, "engine with compression", plugin["error"])
         return
     findings.processes(plugin, report.add)
     findings.features(plugin, report.add)
     findings.accounting(plugin, config, squeeze, report.add)
+    if unpruned:
+        findings.pruning(plugin, config, share, report.add)
     same = [*arguments, "--block-size", str(plugin["block_size"])]
     stock = _engine(same, None, plugin["tokens"], [{}])
     if "error" in stock:
@@ -109,7 +118,7 @@ def _probe(report: Report, arguments: list[str], merged: dict[str, Any], config:
     name = "output with a budget larger than the prompt"
     findings.equal(name, stock["requests"][0], plugin["requests"][0], report.add)
     whole = {k: v for k, v in own.items() if k != "budget"} | {"relocate": True, "keep": 0.5}
-    moved = _engine(same, whole, plugin["tokens"], [{}])
+    moved = _engine(same, whole, plugin["tokens"], [unpruned])
     name = "output with every token moved and none dropped"
     if "error" in moved:
         report.add(FAIL, name, moved["error"])

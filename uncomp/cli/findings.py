@@ -157,6 +157,34 @@ def accounting(seen: dict[str, Any], config: Any, extra: dict[str, Any], add: Ad
         add(NOTE, "not compressed", str(refused))
 
 
+def pruning(seen: dict[str, Any], config: Any, keep: float, add: Add) -> None:
+    """The pruned probe (the third request) against the schedule of stages."""
+    from uncomp.pruning import Schedule, always_read
+
+    stages, tokens, size = seen["stages"], seen["tokens"], seen["block_size"]
+    schedule = Schedule(tuple(stages["starts"]), stages["layers"], config.prefill_floor)
+    forced = always_read(config.sinks, config.window, size)
+    kept = schedule.kept(tokens, keep, size, forced)
+    expected, whole = schedule.token_layers(tokens, kept), tokens * schedule.layers
+    counted = seen["requests"][2]["counted"]
+    read, prompts = (int(counted[n]) for n in ("prefill_token_layers_read", "prompts_pruned"))
+    if kept[-1] == tokens:
+        add(
+            FAIL,
+            "pruned probe",
+            f"{tokens} tokens are too few to prune: give a larger --max-model-len or a smaller "
+            f"--prefill-floor",
+        )
+        return
+    add(
+        OK if (prompts, read) == (1, expected) else FAIL,
+        "pruned probe",
+        f"of {tokens} prompt tokens {', '.join(map(str, kept))} entered the stages from layer "
+        f"{', '.join(map(str, schedule.starts))} on; {read} of {whole} tokens times layers were "
+        f"read, expected {expected}",
+    )
+
+
 def equal(name: str, stock: dict[str, Any], other: dict[str, Any], add: Add) -> None:
     """Greedy tokens of two runs; a first difference between tokens that tie is rounding."""
     left, right = stock["tokens"], other["tokens"]

@@ -18,7 +18,7 @@ from uncomp.engine.counters import Counters
 from uncomp.engine.orders import Order, Pruning, Receipt, StepPlan
 from uncomp.engine.report import Report
 from uncomp.plan import Target
-from uncomp.pruning import WIDEST, Schedule
+from uncomp.pruning import WIDEST, Schedule, always_read
 from uncomp.request import RequestError, request_settings
 from uncomp.request_policy import needs_queries
 
@@ -223,8 +223,8 @@ class CompactionPlanner:
             return (tokens,)
         own = target.settings.own or self.config
         schedule = replace(self.schedule, floor=own.prefill_floor)
-        recent = max(self.config.window, self.block_size)
-        forced = self.config.sinks + recent + target.settings.protected_tokens
+        protected = target.settings.protected_tokens
+        forced = always_read(self.config.sinks, self.config.window, self.block_size, protected)
         return schedule.kept(tokens, keep, self.block_size, forced)
 
     def _adopt(self, request_ids: Iterable[str], requests: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 def prompt_tokens(config: Any, max_model_len: int, generated: int) -> int:
     """Length of the probe prompt: long enough that the settings should give blocks back."""
     enough = max(1500, 2 * config.min_tokens, 3 * (config.budget or 0))
+    if config.prefill_keep is not None:
+        enough = max(enough, 2 * config.prefill_floor)
     return min(enough, max_model_len - generated - 1)
 
 
@@ -31,6 +33,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from uncomp.engine.calibrated import schedule_of
     from uncomp.engine.settings import requested
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="uncomp doctor"))
@@ -44,6 +47,9 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
         assert config is not None
         length = prompt_tokens(config, vllm_config.model_config.max_model_len, task["generate"])
     result = facts(vllm_config)
+    schedule = schedule_of(config, vllm_config.model_config.hf_text_config) if config else None
+    if schedule is not None:
+        result["stages"] = {"starts": schedule.starts, "layers": schedule.layers}
     before = counters(vllm_config)
     result["requests"] = []
     for extra in task["extra"]:

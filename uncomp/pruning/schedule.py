@@ -67,6 +67,14 @@ class Schedule:
         return sum(size * n for size, n in zip(sizes, [tokens, *counts], strict=True))
 
 
+def always_read(sinks: int, window: int, block_size: int, protected: int = 0) -> int:
+    """Tokens of a prompt that enter every layer: its first ones, its last ones, protected spans.
+
+    The last ones are a block at least: what is dropped lies in front of the block being filled.
+    """
+    return sinks + max(window, block_size) + protected
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Layers given as text: ``"2,15,26,31"``.
 
