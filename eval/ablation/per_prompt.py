@@ -16,7 +16,7 @@ import csv
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def adaptive(rows: Iterable[Row], variant: str, sign: str, limits: int = 7) -> l
         kept = np.array(keeps)[chosen]
         lost = kl[chosen, np.arange(len(samples))]
 
-        def gain(pick: Sequence[int], kept: Any = kept, lost: Any = lost) -> float:
+        def gain(pick: Any, kept: Any = kept, lost: Any = lost) -> float:
             equal = np.interp(kept[pick].mean(), keeps, kl[:, pick].mean(1))
             return float(lost[pick].mean() - equal)
 
