@@ -313,3 +313,25 @@ def test_methods_of_ones_own_need_not_be_named_twice(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert main(command) == 0
     assert Store(tmp_path / "run").plan.methods == ("snapkv", "wide")
+
+
+def test_one_method_against_each_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the average of two runs; differences are those of the means, paired by sample."""
+    folders = []
+    for name, samples in (("a", 3), ("b", 2)):
+        store = Store.create(tmp_path / name, plan(samples=samples))
+        pipeline.run(store, STAGES[:3], quiet, lambda plan, methods: Scripted(methods))
+        folders.append(str(store.folder))
+    assert main(["eval", "compare", *folders, "--method", "snapkv"]) == 0
+    shown = capsys.readouterr().out
+    # The full cache finds everything, the methods nothing.
+    assert "| full | -100.0 | -100.0 | 5 |" in shown
+    assert "| streaming | +0.0 | +0.0 | 5 |" in shown
+    assert main(["eval", "compare", *folders, "--method", "snapkv", "--csv"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("over,metric,method,other,keep,runs,tasks,n,mean,reference")
+    assert rows[1].startswith("needle,score,snapkv,full,0.5,2,2,5,0.0,100.0,-100.0")
+    assert main(["eval", "compare", *folders, "--method", "best"]) == 2
+    assert "there are: full, snapkv, streaming" in capsys.readouterr().err

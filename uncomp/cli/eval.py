@@ -15,7 +15,8 @@ _ABOUT = """Accuracy of compressed caches against the full cache, on the real en
   uncomp eval list                              tasks and methods
   uncomp eval run MODEL --tasks ruler ...       everything; a killed run continues where it was
   uncomp eval prepare MODEL ...                 only the samples
-  uncomp eval predict|score|report FOLDER       one stage of a run that has begun"""
+  uncomp eval predict|score|report FOLDER       one stage of a run that has begun
+  uncomp eval compare FOLDER ... --method NAME  one method against each of the others"""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,6 +52,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
                 metavar="FILE",
                 help="NAME.json of `uncomp bench serve`, shown beside the scores",
             )
+
+    command = commands.add_parser(
+        "compare", help="one method against each of the others, over one run or several"
+    )
+    command.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="scored runs")
+    command.add_argument("--method", default="uncomp")
+    command.add_argument("--csv", action="store_true", help="rows instead of Markdown tables")
+    command.set_defaults(run=_compare)
 
 
 def _usage(parser: argparse.ArgumentParser) -> int:
@@ -123,6 +132,18 @@ def _continue(args: argparse.Namespace) -> int:
         return Store(args.folder)
 
     return _guarded(opened, args.stages, getattr(args, "serving", ()))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    def work(say: Callable[[str], None]) -> int:
+        from uncomp.eval.report.compare import as_csv, compare, markdown
+        from uncomp.eval.run.store import Store
+
+        lines = compare([Store(folder).scores() for folder in args.folders], args.method)
+        print((as_csv if args.csv else markdown)(lines), end="")
+        return 0
+
+    return guarded("eval", work)
 
 
 def _guarded(opened: Any, stages: tuple[str, ...], serving: Sequence[Path] = ()) -> int:
