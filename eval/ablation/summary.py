@@ -25,11 +25,12 @@ BASELINE = "snapkv"
 Tasks = dict[str, dict[str, dict[int, float]]]
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table(rows: Iterable[Mapping[str, Any]], baseline: str = BASELINE) -> list[dict[str, Any]]:
     """A line a variant and keep ratio, in the order of the rows.
 
     Args:
         rows: of `eval.ablation`; a sample that is there twice counts with its last row.
+        baseline: variant that the others are compared with.
     """
     scores: dict[tuple[str, float], Tasks] = defaultdict(lambda: defaultdict(dict))
     divergences: dict[tuple[str, float], Tasks] = defaultdict(lambda: defaultdict(dict))
@@ -56,7 +57,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             mean = estimate(list(scores[case].values()))
             line |= {"score": round(mean.mean, 2), "full": round(whole.mean, 2)}
             line |= {"samples": mean.n, "tasks": mean.tasks}
-            line |= _against(scores[case], scores.get((BASELINE, case[1])))
+            line |= _against(scores[case], scores.get((baseline, case[1])))
         lines.append(line)
     return lines
 
@@ -86,8 +87,10 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--model", default="", help="written into every line")
     parser.add_argument("--length", type=int, default=0, help="written into every line")
+    parser.add_argument("--baseline", default=BASELINE, help="variant to compare with")
     args = parser.parse_args()
-    lines = table(json.loads(line) for file in args.rows for line in file.open())
+    rows = (json.loads(line) for file in args.rows for line in file.open())
+    lines = table(rows, args.baseline)
     facts = {"model": args.model, "length": args.length}
     columns = [*facts, "variant", "keep", "kept", "score", "full", "difference", "low", "high"]
     columns += ["samples", "tasks", "kl", "kl_samples"]
