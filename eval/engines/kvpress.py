@@ -34,19 +34,31 @@ PRESS = "kvpress"
 BLOCK_SIZE = 32
 
 
+#: (batch, head, entry) indices of what a layer hides
+Hidden = tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass
 class _Cache:
     """What a press has left of a prompt.
 
     Attributes:
         keys, values: per layer `[1, H, n, d]`.
-        masked: per layer, (batch, head, entry) indices that the press dropped without moving
-            anything (kvpress hides them with made-up keys while decoding), or None.
+        masked: per layer, (batch, head, entry) indices that are there but not kept (kvpress hides
+            them with made-up keys while decoding), or None.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    masked: list[tuple[Tensor, Tensor, Tensor] | None]
+    masked: list[Hidden | None]
+
+    def add(self, keys: Tensor, values: Tensor, masked: Hidden | None) -> None:
+        """The next layer; presses that only mask leave everything where it was."""
+        if masked is not None:
+            keys, values, masked = packed(keys, values, masked)
+        self.keys.append(keys)
+        self.values.append(values)
+        self.masked.append(masked)
 
     def kept(self) -> int:
         """Entries, summed over layers and KV heads."""
@@ -172,9 +184,7 @@ class KvpressEngine:
                 keys, values = layer.keys, layer.values
                 if press is not None:
                     keys, values = press.compress(module, hidden, keys, values, output[1], kwargs)
-                cache.keys.append(keys)
-                cache.values.append(values)
-                cache.masked.append(module.masked_key_indices)
+                cache.add(keys, values, module.masked_key_indices)
             module.masked_key_indices = None
 
         with self._hooked(hook):
@@ -191,11 +201,11 @@ class KvpressEngine:
             # As in kvpress's pipeline: presses look for these arguments of the inner model.
             hidden = self._model.model(input_ids=ids, past_key_values=past).last_hidden_state
         logits = self._model.lm_head(hidden[:, -1:])[0, -1]
-        masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in layers]
-        for layer in layers:
+        cache = _Cache([], [], [])
+        for layer, held in zip(layers, past.layers, strict=True):
+            cache.add(held.keys, held.values, getattr(layer.self_attn, "masked_key_indices", None))
             layer.self_attn.masked_key_indices = None
-        keys = [layer.keys for layer in past.layers]
-        return logits, _Cache(keys, [layer.values for layer in past.layers], masked)
+        return logits, cache
 
     def _layers(self) -> Any:
         return self._model.model.layers
@@ -288,6 +298,28 @@ class _Decoder:
             for layer in layers:
                 layer.self_attn.masked_key_indices = None
         return output.logits[0]
+
+
+def packed(keys: Tensor, values: Tensor, masked: Hidden) -> tuple[Tensor, Tensor, Hidden | None]:
+    """Drop what is hidden in every head; the same attention over fewer entries.
+
+    Args:
+        keys, values: `[1, H, n, d]`.
+        masked: what is hidden.
+
+    Returns:
+        Kept entries of every head in their order, up to the longest head, and what is hidden now:
+        the ends of the other heads.
+    """
+    gone = torch.zeros(keys.shape[1:3], dtype=torch.bool)
+    gone[masked[1], masked[2]] = True
+    counts = (~gone).sum(-1)
+    width = int(counts.max())
+    order = torch.argsort(gone.to(torch.uint8), dim=-1, stable=True)[:, :width]
+    index = order[None, :, :, None].expand(1, -1, -1, keys.shape[-1])
+    head, entry = (torch.arange(width) >= counts[:, None]).nonzero(as_tuple=True)
+    rest = (torch.zeros_like(head), head, entry) if len(head) else None
+    return keys.gather(2, index), values.gather(2, index), rest
 
 
 def build(library: Any, described: Mapping[str, Any]) -> Any:

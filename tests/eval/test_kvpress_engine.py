@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from uncomp.eval.engines.base import Answer, Ask, EngineError, EngineMissing
-from uncomp.eval.engines.kvpress import BLOCK_SIZE, KvpressEngine, build, kept_tokens
+from uncomp.eval.engines.kvpress import BLOCK_SIZE, KvpressEngine, build, kept_tokens, packed
 
 WORDS = 96
 
@@ -258,6 +258,25 @@ def test_hidden_entries_are_not_counted_as_kept(engine: KvpressEngine) -> None:
     assert answer.kept == {
         "kept_tokens": 3 * (384 + 192), "full_tokens": 3 * 2 * 384, "compactions": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["ragged", "equal"])
+def test_packing_keeps_what_is_not_hidden(equal: bool) -> None:
+    torch.manual_seed(1)
+    keys, values = torch.randn(2, 1, 3, 40, 5)
+    gone = torch.rand(3, 40) < torch.tensor([0.2, 0.5, 0.9])[:, None]
+    if equal:
+        gone = (torch.arange(40) % 2 == 0).expand(3, -1)
+    head, entry = gone.nonzero(as_tuple=True)
+    new_keys, new_values, hidden = packed(keys, values, (torch.zeros_like(head), head, entry))
+    assert (hidden is None) == equal
+    for h in range(3):
+        there = torch.ones(new_keys.shape[2], dtype=torch.bool)
+        if hidden is not None:
+            there[hidden[2][hidden[1] == h]] = False
+        assert torch.equal(new_keys[0, h, there], keys[0, h, ~gone[h]])
+        assert torch.equal(new_values[0, h, there], values[0, h, ~gone[h]])
+    assert new_keys.shape[2] == int((~gone).sum(-1).max())
 
 
 def test_stop_strings_end_an_answer(engine: KvpressEngine) -> None:
