@@ -185,15 +185,8 @@ def main() -> None:
             if (sample.task, sample.id) in done:
                 continue
             start = time.perf_counter()
-            ids, turn = renderer.prompt(sample, 0).ids, sample.turns[0]
-
-            def ask(
-                logits: Tensor, ids: Any = ids, turn: Any = turn, sample: Any = sample
-            ) -> float:
-                answer = reader.generate(logits, len(ids), turn.max_tokens)
-                return score(sample.metric, reader.tokenizer.decode(answer), turn, sample)
-
-            for row in _rows(reader, ids, schedule, args, ask):
+            ids = renderer.prompt(sample, 0).ids
+            for row in _rows(reader, ids, sample, schedule, args):
                 file.write(json.dumps({"task": sample.task, "sample": sample.id, **row}) + "\n")
             file.flush()
             seconds = time.perf_counter() - start

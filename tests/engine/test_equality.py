@@ -26,7 +26,14 @@ SHORTER_HIT = "same prefix, off"
 NAMES = ("batch", "single", "crowded", "aborts", "middle")
 # A prefix hit leaves the window to be computed. With the default of 32, a block more than in the
 # unmodified engine, so that steps differ and samples are drawn in another order.
-SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32, "window": 8}
+# Shares by score: heads of unequal lengths are the harder case.
+SETTINGS = {
+    "keep": 0.25,
+    "policy": "adakv",
+    "min_tokens": 64,
+    "recompact_every": 32,
+    "window": 8,
+}
 
 # Largest difference of a log-probability from the reference.
 # float32: uncompressed requests are 6e-5 away (sums in another order); about ten times that.
