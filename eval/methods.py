@@ -117,11 +117,7 @@ METHODS: dict[str, Method] = {
             {"policy": "streaming"},
         ),
         Method("uncomp", "the default of this project", {"policy": UncompConfig(keep=1.0).policy}),
-        Method(
-            "by-score",
-            "the default's scores, shares dealt by score within a layer, as Ada-KV does",
-            {"policy": "adakv"},
-        ),
+        Method("uniform", "the default's scores, equal budgets", {"policy": "uniform"}),
         Method(
             "snapkv",
             "attention of the last queries, equal budgets (SnapKV, Li et al. 2024), with a wider "

@@ -61,7 +61,7 @@ class UncompConfig:
         ),
     )
     policy: str = field(
-        default="uniform",
+        default="adakv",
         metadata=_meta("what decides scores and shares (uncomp.policies), or a preset"),
     )
     window: int = field(

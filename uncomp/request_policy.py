@@ -60,7 +60,7 @@ def own_config(policy: Any, settings: Any, server: UncompConfig) -> UncompConfig
     if given.get("calibration") is not None:
         raise ValueError("kv_settings: calibration can only be null (entropies from the prompt)")
     if policy is not None and not isinstance(policy, str):
-        raise ValueError(f"kv_policy={policy!r}: must be a name such as 'uniform'")
+        raise ValueError(f"kv_policy={policy!r}: must be a name such as 'adakv'")
     preset = PRESETS.get(policy or "", {})
     filled = {name: value for name, value in preset.items() if name != "budget"}
     # The stages are the server's, whatever calibration the request's entropies come from.

@@ -62,7 +62,7 @@ class Space:
         SpaceError: an empty or unknown value, or a preset (its settings are fixed).
     """
 
-    policies: tuple[str, ...] = ("uniform", "adakv", "entropy")
+    policies: tuple[str, ...] = ("adakv", "uniform", "entropy")
     poolings: tuple[int, ...] = (16, 8, 32)
     windows: tuple[int, ...] = (32, 8)
     keeps: tuple[float, ...] = ()

@@ -36,7 +36,7 @@ RESULTS = [
 
 def test_speed_and_memory_of_both_arms(tmp_path: Path) -> None:
     speeds, held = read_serving([written(tmp_path / "a.json", RESULTS, keep=0.25)])
-    small = Case("uniform", 0.25)
+    small = Case("adakv", 0.25)
     assert [(s.case, s.concurrency, s.tokens_per_second, s.repeats) for s in speeds] == [
         (Case("full"), 1, 11.5, 2),
         (small, 1, 21.5, 2),
@@ -55,7 +55,7 @@ def test_several_files_share_the_full_cache(tmp_path: Path) -> None:
     second = written(tmp_path / "b.json", RESULTS, keep=0.5, policy="uniform", window=16)
     speeds, held = read_serving([first, second])
     names = [s.case for s in speeds if s.concurrency == 1]
-    assert names == [Case("full"), Case("uniform", 0.25), Case("uniform, window 16", 0.5)]
+    assert names == [Case("full"), Case("adakv", 0.25), Case("uniform, window 16", 0.5)]
     assert len(held) == 3
     with pytest.raises(ValueError, match=r"b\.json: .*was measured in another file"):
         read_serving([first, written(tmp_path / "b.json", RESULTS, keep=0.25)])
