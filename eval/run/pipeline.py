@@ -194,7 +194,7 @@ def note_engine(store: Store, found: dict[str, Any], served: list[Method]) -> No
         versions=versions,
         commit=" + ".join([*commits, here["commit"]]),
         date=here["date"],
-        command=_command(),
+        command=(_only_continues() and known.get("command")) or _command(),
         engines=engines if one in engines else [*engines, one],
         kv_bytes_per_token=found.get("kv_bytes_per_token", known.get("kv_bytes_per_token")),
     )
@@ -228,6 +228,11 @@ def _bar(say: Say) -> Iterator[Callable[[int, int], None]]:
         yield advance
     finally:
         bar.close()
+
+
+def _only_continues() -> bool:
+    """Whether this command names only the run's folder: it does not say what the run is."""
+    return sys.argv[1:3] == ["eval", "predict"]
 
 
 def _command() -> str:

@@ -209,6 +209,8 @@ def test_an_engine_that_is_not_here_is_left_for_another_environment(
     done = {(p.case.method, p.case.keep) for p in store.predictions()}
     assert done == {("full", 1.0), ("snapkv", 0.5), ("snapkv", 0.25)}
     versions = store.facts()["versions"]
+    command = store.facts()["command"]
+    monkeypatch.setattr(sys, "argv", ["uncomp", "eval", "predict", "run"])
     here, machine = "vllm", pipeline.machine()
     monkeypatch.setattr(pipeline, "machine", lambda: {**machine, "transformers": "another"})
     pipeline.run(store, STAGES, quiet, start)
@@ -216,6 +218,7 @@ def test_an_engine_that_is_not_here_is_left_for_another_environment(
     assert {("kvpress-full", 1.0), ("kvpress-snapkv", 0.25)} < done
     assert {s.value for s in store.scores() if s.case.method == "kvpress-full"} == {1.0}
     assert store.facts()["versions"] == versions
+    assert store.facts()["command"] == command
     assert "kvpress-snapkv" in (store.folder / "report" / "report.md").read_text("utf-8")
 
 
