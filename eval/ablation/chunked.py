@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uncomp.eval.ablation.replay import load
 from uncomp.eval.run.prompts import Renderer
 from uncomp.eval.tasks import registry
 from uncomp.eval.tasks.base import Sample, Wanted
@@ -53,15 +54,7 @@ class PrunedReader:
     """
 
     def __init__(self, model: str, dtype: torch.dtype = torch.float32) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-        from transformers.masking_utils import AttentionMaskInterface
-
-        AttentionInterface.register(_NAME, self._attend)
-        AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation=_NAME
-        ).eval()
+        self.tokenizer, self.model = load(model, dtype, _NAME, self._attend)
         self.layers = len(self.model.model.layers)
         self.held: list[_Layer] = []
         self._at = torch.zeros(0, dtype=torch.int64)

@@ -47,6 +47,24 @@ class Reading:
         return Reading(*part, self.logits.new_empty(0), self.ids[:end])
 
 
+def load(model: str, dtype: torch.dtype, name: str, attend: Any) -> tuple[Any, Any]:
+    """Tokenizer and model, with an attention function of one's own that is given no mask.
+
+    Args:
+        model: folder or hub name. dtype: of weights and activations.
+        name: of the attention function, one per caller.
+        attend: follows the interface of Hugging Face's attention functions.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=name)
+    return tokenizer, loaded.eval()
+
+
 class Replay:
     """Wraps a causal language model of Hugging Face whose attention follows its interface.
 
@@ -56,15 +74,7 @@ class Replay:
     """
 
     def __init__(self, model: str, dtype: torch.dtype = torch.float32) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-        from transformers.masking_utils import AttentionMaskInterface
-
-        AttentionInterface.register(_NAME, self._attend)
-        AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation=_NAME
-        ).eval()
+        self.tokenizer, self.model = load(model, dtype, _NAME, self._attend)
         config = self.model.config.get_text_config()
         self.layers: int = config.num_hidden_layers
         self.scale: float = 0.0  # of the attention logits; known after the first reading

@@ -100,7 +100,13 @@ class Setting:
 
 
 def bench(setting: Setting, say: Callable[[str], None]) -> list[Row]:
-    """Run all comparisons; ``say`` reports progress."""
+    """Run all comparisons; ``say`` reports progress.
+
+    Raises:
+        ValueError: not at least two cores; engines are compared side by side.
+    """
+    if len(setting.threads.split("-")) != 2:
+        raise ValueError(f"threads={setting.threads!r}: must name at least two cores, e.g. 0-1")
     rows: list[Row] = []
     short = max(1, round(setting.keep * setting.tokens))
     say("1/3 eight long requests, compressed and not, in the same pool")

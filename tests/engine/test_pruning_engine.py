@@ -16,7 +16,6 @@ from traffic import Source
 STARTS = (3, 9, 17, 25)
 SETTINGS: dict[str, Any] = {
     "keep": 1.0,
-    "policy": "adakv",
     "prefill_keep": 1.0,
     "prefill_stages": "3,9,17,25",
     "prefill_floor": 96,

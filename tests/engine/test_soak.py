@@ -32,13 +32,7 @@ ENGINE = {
     "max_num_batched_tokens": 512,
 }
 # A small window, so that short prompts are worth compressing too.
-SETTINGS = {
-    "keep": 0.25,
-    "policy": "adakv",
-    "min_tokens": 64,
-    "recompact_every": 32,
-    "window": 8,
-}
+SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32, "window": 8}
 #: blocks of the pool: one long request takes half of it
 POOL = 44
 AT_ONCE = 40

@@ -11,7 +11,7 @@ from harness import Ask, running
 from reference import Reference
 from traffic import OFF, Source
 
-SETTINGS = {"keep": 0.25, "policy": "adakv", "min_tokens": 64, "recompact_every": 32}
+SETTINGS = {"keep": 0.25, "min_tokens": 64, "recompact_every": 32}
 #: pruned steps run the model without its graph, the others in it
 PRUNING = {"prefill_keep": 1.0, "prefill_stages": "3,9,17,25", "prefill_floor": 96}
 
