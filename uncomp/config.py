@@ -85,6 +85,13 @@ class UncompConfig:
     reduce: str = field(
         default="sum", metadata=_meta("how scores of query heads that share a KV head combine")
     )
+    floor: float = field(
+        default=0.2,
+        metadata=_meta(
+            "adakv policy: share of an equal budget that every head keeps whatever its scores, "
+            "0..1; 1 is equal shares"
+        ),
+    )
     groups: int = field(
         default=8, metadata=_meta("entropy policy: head groups per layer (at most the KV heads)")
     )
@@ -192,6 +199,8 @@ class UncompConfig:
             )
         if not self.ratio >= 1:
             raise ValueError(f"ratio={self.ratio}: must be at least 1 (use reverse to flip)")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor}: must be in [0, 1]")
         if not 0 <= self.min_keep <= 1:
             raise ValueError(f"min_keep={self.min_keep}: must be in [0, 1]")
         self._check_choice("reduce", self.reduce, REDUCTIONS)

@@ -21,6 +21,7 @@ SETTABLE = (
     "pooling",
     "pooling_kind",
     "reduce",
+    "floor",
     "groups",
     "ratio",
     "reverse",

@@ -255,6 +255,17 @@ def test_scores_are_handed_on(policy: str, length: int) -> None:
         bench.run(bench.order(5, (), exchange=True))
 
 
+def test_a_floor_evens_shares_by_score_out() -> None:
+    def spread(floor: float) -> int:
+        bench = Bench(config(policy="adakv", floor=floor), LAYOUTS["plain"], 44, seed=1)
+        bench.run(bench.order(5, (), exchange=False))
+        held = [[len(head) for head in layer] for layer in bench.held]
+        return max(max(counts) - min(counts) for counts in held)
+
+    assert spread(1.0) == 0
+    assert spread(0.0) > 0
+
+
 @pytest.mark.parametrize("policy", ["entropy", "adakv", "key_norm"])
 def test_groups_of_layers_are_compacted_alike(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compactor, "_GROUP", 1)

@@ -51,7 +51,7 @@ def make_policy(config: UncompConfig) -> policies.Policy:
             **scores,
         },
         "uniform": scores,
-        "adakv": scores,
+        "adakv": {"floor": config.floor, **scores},
         "random": {"seed": config.seed},
     }
     return policies.get(name, **own.get(name, {}))
