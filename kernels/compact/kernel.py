@@ -7,7 +7,7 @@ specialised and addresses carry their alignment here: one compiled kernel for a 
 import triton
 import triton.language as tl
 
-from uncomp.kernels.paged.kernel import entry_offset, head_length, head_state
+from uncomp.kernels.paged.kernel import entry_offset, head_length, head_state, is_stored
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def gather_kernel(
         BLOCK_SIZE,
     )
     stored += layer.to(tl.int64) * num_blocks * (HEADS * BLOCK_SIZE)
-    kept = valid & (entry < count * BLOCK_SIZE)
+    kept = valid & is_stored(entry, count, first, full, BLOCK_SIZE)
     place = tl.load(positions_ptr + stored, mask=kept, other=0)
     place = tl.where(kept, place, entry + (full - count) * BLOCK_SIZE)
     tl.store(places_ptr + line + local, place, mask=dealt)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uncomp.kernels.paged import Caches, Holdings, Rows, head_lengths, sub_blocks
+from uncomp.kernels.paged import (
+    Caches,
+    Holdings,
+    Rows,
+    head_lengths,
+    stored_sub_blocks,
+    sub_blocks,
+)
 
 
 def compact(
@@ -124,7 +131,7 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     """Chosen entries of a request in dealt order: `[E, bytes]` uint8, and `[E]` int32 positions."""
     size, cache = caches.block_size, _bytes(caches, layer)
-    slot = int(rows.slots[row])
+    known = stored_sub_blocks(rows, holdings, row, layer).tolist()
     entries = [cache.new_empty(0, cache.shape[3])]
     places = [positions.new_empty(0)]
     for head in range(caches.heads):
@@ -139,8 +146,7 @@ def _read(
         at = sub_blocks(rows, holdings, row, layer, head, -(-held // size)).to(caches.device)
         block, inside = at[wanted // size].unbind(1)
         entries.append(cache[block, inside, wanted % size])
-        count = int(holdings.counts[layer, slot, head]) if slot >= 0 else 0
-        full = int(holdings.spans[slot, 1]) if slot >= 0 else 0
         stored = positions[layer, block, inside, wanted % size]
-        places.append(torch.where(wanted < count * size, stored, wanted + (full - count) * size))
+        follows = wanted + int(rows.lengths[row]) - held
+        places.append(torch.where(wanted < known[head] * size, stored, follows))
     return torch.cat(entries), torch.cat([p.to(torch.int32) for p in places])

@@ -1,5 +1,21 @@
 """Places of cache entries in vLLM's blocks, compacted or not."""
 
-from .naive import Caches, Holdings, Rows, gather, head_lengths, sub_blocks
+from .naive import (
+    Caches,
+    Holdings,
+    Rows,
+    gather,
+    head_lengths,
+    stored_sub_blocks,
+    sub_blocks,
+)
 
-__all__ = ["Caches", "Holdings", "Rows", "gather", "head_lengths", "sub_blocks"]
+__all__ = [
+    "Caches",
+    "Holdings",
+    "Rows",
+    "gather",
+    "head_lengths",
+    "stored_sub_blocks",
+    "sub_blocks",
+]

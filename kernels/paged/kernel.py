@@ -44,6 +44,13 @@ def head_of_program(
 
 
 @triton.jit
+def is_stored(entry, count, first, full, BLOCK_SIZE: tl.constexpr):
+    """Whether the token position of an entry is stored; it follows from its number otherwise."""
+    column = full + entry // BLOCK_SIZE - count
+    return (entry < count * BLOCK_SIZE) | (column < first)
+
+
+@triton.jit
 def entry_offset(
     row_ptr,
     entry,

@@ -4,6 +4,10 @@ A block holds `block_size` tokens of all H KV heads: H *sub-blocks*. A request t
 owns whole blocks whose sub-blocks are dealt to its heads, head after head; blocks after the last
 compaction (the tail) are in vLLM's own order. So the place of every entry follows from the block
 row, two numbers of the request (`first`, `full`) and two of the head (`count`, `offset`).
+
+A prompt that was only pruned (fewer tokens in later layers) is all tail, in vLLM's order, and
+begins later in some layers than in others: the count of a layer that lacks n blocks is -n, `full`
+is 0, and `first` says up to which column the positions of entries have to be looked up.
 """
 
 from __future__ import annotations
@@ -103,7 +107,8 @@ class Holdings:
     """What compressed requests hold. S: slots, one a compressed request.
 
     Attributes:
-        counts: `[L, S, H]` int32, kept sub-blocks of each head.
+        counts: `[L, S, H]` int32, kept sub-blocks of each head; minus the blocks that a layer of a
+            pruned prompt lacks.
         offsets: `[L, S, H]` int32, where they begin in the dealt list: exclusive sum of `counts`
             over the heads.
         spans: `[S, 2]` int32: columns of the block row where the kept blocks begin (`first`) and
@@ -170,6 +175,19 @@ def sub_blocks(rows: Rows, holdings: Holdings, row: int, layer: int, head: int, 
     column = torch.where(kept, first + dealt // heads, full + index - count)
     inside = torch.where(kept, dealt % heads, head)
     return torch.stack([rows.blocks[row, column].long(), inside], 1)
+
+
+def stored_sub_blocks(rows: Rows, holdings: Holdings, row: int, layer: int) -> Tensor:
+    """`[H]` int64: of how many sub-blocks of each head, its first ones, positions are stored.
+
+    Later entries lie where their position says, counted from the end of the sequence.
+    """
+    slot = int(rows.slots[row])
+    if slot < 0:
+        return torch.zeros(holdings.counts.shape[2], dtype=torch.int64, device=rows.slots.device)
+    counts = holdings.counts[layer, slot].long()
+    first, full = holdings.spans[slot].tolist()
+    return torch.maximum(counts.clamp_min(0), first - full + counts)
 
 
 def gather(

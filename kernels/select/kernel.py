@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from uncomp.kernels.paged.kernel import entry_offset, head_of_program
+from uncomp.kernels.paged.kernel import entry_offset, head_of_program, is_stored
 
 #: sign bit of an int32; below every key
 SIGN = tl.constexpr(-(2**31))
@@ -25,7 +25,7 @@ def forced_tile(
     """
     candidate = entry < eligible
     wanted = candidate & (entry < sinks + num_spans * eligible)  # all if there are spans
-    kept = entry < count * BLOCK_SIZE
+    kept = is_stored(entry, count, first, full, BLOCK_SIZE)
     at = entry_offset(
         row_ptr, entry, wanted & kept, count, offset, first, full, head,
         HEADS * BLOCK_SIZE, BLOCK_SIZE, 1, HEADS, BLOCK_SIZE,

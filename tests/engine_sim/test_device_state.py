@@ -15,7 +15,7 @@ def test_slots_are_reused_and_never_shared() -> None:
     requests = DeviceRequests(2, 3, 2, CPU)
     assert requests.index_of("a") == -1
     for name in ("a", "b"):
-        requests.slots[name] = DeviceSlot(requests.take(), 1, 4, 2, 3, None)
+        requests.slots[name] = DeviceSlot(requests.take(), 1, 4, (6,), 3, None)
     assert sorted([requests.index_of("a"), requests.index_of("b")]) == [0, 1]
     with pytest.raises(RuntimeError, match="all 2 slots"):
         requests.take()

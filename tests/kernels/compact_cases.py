@@ -50,7 +50,7 @@ class Job:
 
 def make_job(
     lengths: list[int],
-    compacted: list[tuple[int, int] | None],
+    compacted: list[tuple[int, int] | paged_cases.Pruned | None],
     blocks: list[int],
     target: str = "own",
     idle: int = 0,

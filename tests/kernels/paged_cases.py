@@ -9,6 +9,14 @@ import torch
 from uncomp.kernels.paged import Caches, Holdings, Rows, sub_blocks
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A prompt of `full` full blocks, of which layer i has `full - dropped[i]`."""
+
+    full: int
+    dropped: tuple[int, ...]
+
+
 @dataclass
 class Case:
     caches: Caches
@@ -18,7 +26,7 @@ class Case:
 
 def make_case(
     lengths: list[int],
-    compacted: list[tuple[int, int] | None],
+    compacted: list[tuple[int, int] | Pruned | None],
     *,
     layers: int = 2,
     heads: int = 3,
@@ -30,7 +38,7 @@ def make_case(
     seed: int = 0,
     spread: float = 1.0,
 ) -> Case:
-    """Requests of these lengths; `compacted[r]` is (kept blocks, full blocks then) or None.
+    """Requests of these lengths; `compacted[r]` is (kept blocks, full blocks then), `Pruned`, None.
 
     Heads of a compacted request get random unequal counts that use up all kept sub-blocks. Cache
     values are `spread` times normal; whatever no request holds is NaN (fp8: 240, which has no NaN
@@ -48,10 +56,15 @@ def make_case(
     for row, compaction in enumerate(compacted):
         if compaction is None:
             continue
+        row_slots[row] = slot = free.pop()
+        if isinstance(compaction, Pruned):
+            holdings.spans[slot] = torch.tensor([compaction.full, 0])
+            dropped = torch.tensor(compaction.dropped[:layers], dtype=torch.int32)
+            holdings.counts[:, slot] = -dropped[:, None]
+            continue
         kept, full = compaction
         assert kept <= full
         assert full * block_size <= lengths[row]
-        row_slots[row] = slot = free.pop()
         holdings.spans[slot] = torch.tensor([full - kept, full])
         for layer in range(layers):
             holdings.counts[layer, slot] = _split(kept * heads, heads, full, random)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compact_cases import DEVICE, GARBAGE, Job, bits, make_job, same, split
+from paged_cases import Pruned
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,6 +82,11 @@ def test_by_hand():
 CASES = {
     "first": dict(lengths=[70, 33, 64], compacted=[None, None, None], blocks=[2, 1, 3]),
     "second": dict(lengths=[90, 64, 81], compacted=[(2, 3), (1, 4), (3, 3)], blocks=[2, 1, 3]),
+    "pruned": dict(
+        lengths=[90, 64, 81],
+        compacted=[Pruned(5, (0, 2)), (1, 4), Pruned(3, (1, 1))],
+        blocks=[3, 1, 2],
+    ),
     "mixed": dict(lengths=[85, 40, 7], compacted=[(2, 4), None, None], blocks=[3, 2, 0]),
 }
 TARGETS = ["own", "reversed", "fresh"]
@@ -92,15 +98,18 @@ def location(job: Job, layer: int, row: int, head: int) -> tuple[Tensor, Tensor,
     held, slot = int(lengths[head]), int(job.rows.slots[row])
     count = int(job.holdings.counts[layer, slot, head]) if slot >= 0 else 0
     offset = int(job.holdings.offsets[layer, slot, head]) if slot >= 0 else 0
-    first = int(job.holdings.spans[slot, 0]) if slot >= 0 else 0
+    first, full = job.holdings.spans[slot].tolist() if slot >= 0 else (0, 0)
     places = []
     for entry in range(held):
-        if entry >= count * job.caches.block_size:
+        index, token = divmod(entry, job.caches.block_size)
+        column, inside = full + index - count, head
+        if index < count:
+            column, inside = divmod(offset + index, job.caches.heads)
+            column += first
+        elif column >= first:  # neither dealt nor of a pruned prompt
             places.append(int(job.rows.lengths[row]) - (held - entry))
             continue
-        index, token = divmod(entry, job.caches.block_size)
-        column, inside = divmod(offset + index, job.caches.heads)
-        block = int(job.rows.blocks[row, first + column])
+        block = int(job.rows.blocks[row, column])
         places.append(int(job.positions[layer, block, inside, token]))
     return keys[head, :held], values[head, :held], torch.tensor(places)
 

@@ -6,7 +6,7 @@ one wrong entry out of hundreds exceeds; half precision and float8 are tested fo
 
 import pytest
 import torch
-from paged_cases import Case, make_case
+from paged_cases import Case, Pruned, make_case
 from torch import Tensor
 
 from uncomp.kernels.decode import DecodeWorkspace, decode, decode_reference, plan
@@ -100,6 +100,11 @@ def check(
 def test_mixed_rows(heads, layout):
     case = make_case(MIXED, COMPACTED, heads=heads, layout=layout, layers=3)
     check(case, 3, [1] * 6, layers=(0, 2) if heads < 8 else (2,))
+
+
+def test_pruned_prompts():
+    case = make_case([70, 33, 64], [Pruned(4, (0, 3)), (1, 2), Pruned(4, (1, 2))], heads=2)
+    check(case, 3, [1] * 3, layers=(0, 1))
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_cases import Case, make_case
+from paged_cases import Case, Pruned, make_case
 
 from uncomp.kernels.gram import GramStats, gram
 from uncomp.kernels.gram.launch import (
@@ -21,7 +21,7 @@ from uncomp.kernels.paged import Caches, gather
 TOLERANCE = 2.0**-14
 #: length, (kept, full) blocks of the requests of a launch; the last is very uneven
 LENGTHS = [0, 1, 75, 90]
-COMPACTED: list[tuple[int, int] | None] = [None, None, None, (2, 4)]
+COMPACTED: list[tuple[int, int] | Pruned | None] = [None, None, Pruned(2, (0, 1)), (2, 4)]
 
 
 def poisoned(layers: int, requests: int, heads: int, size: int) -> GramBuffers:

@@ -7,9 +7,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from paged_cases import Pruned
 from torch import Tensor
 
-from uncomp.kernels.paged import Caches, Holdings, Rows, gather, head_lengths, sub_blocks
+from uncomp.kernels.paged import (
+    Caches,
+    Holdings,
+    Rows,
+    gather,
+    head_lengths,
+    stored_sub_blocks,
+    sub_blocks,
+)
 from uncomp.kernels.paged.kernel import entry_offset, head_length, head_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,6 +56,24 @@ def test_sub_blocks_by_hand():
     assert sub_blocks(rows, holdings, 1, 0, 1, 2).tolist() == [[3, 1], [8, 1]]
     assert sub_blocks(rows, holdings, 1, 0, 2, 3).tolist() == [[9, 1], [9, 2], [3, 2]]
     assert sub_blocks(rows, holdings, 1, 0, 2, 0).shape == (0, 2)
+
+
+def test_a_pruned_prompt_by_hand():
+    """Three full blocks and a token; layer 1 lacks the first block. Then two more tokens."""
+    rows = Rows(ints([7, 2, 4, 5, 0]), ints(9), ints(0))
+    holdings = Holdings.empty(2, 1, 3, "cpu")
+    holdings.counts[1], holdings.spans[0] = -1, ints(3, 0)
+    assert head_lengths(rows, holdings, 2).tolist() == [[[9, 9, 9]], [[7, 7, 7]]]
+    assert sub_blocks(rows, holdings, 0, 0, 2, 2).tolist() == [[7, 2], [2, 2]]
+    assert sub_blocks(rows, holdings, 0, 1, 2, 4).tolist() == [[2, 2], [4, 2], [5, 2], [0, 2]]
+    assert stored_sub_blocks(rows, holdings, 0, 0).tolist() == [3, 3, 3]
+    assert stored_sub_blocks(rows, holdings, 0, 1).tolist() == [2, 2, 2]
+
+
+def test_stored_positions_are_those_of_kept_entries():
+    rows, holdings = worked()
+    assert stored_sub_blocks(rows, holdings, 0, 0).tolist() == [0, 0, 0]
+    assert stored_sub_blocks(rows, holdings, 1, 0).tolist() == [4, 0, 2]
 
 
 def test_gather_by_hand():
@@ -185,6 +212,7 @@ CASES = {
     "compacted": ([90, 48, 70], [(2, 3), (3, 3), (1, 4)], {}),
     "nothing kept": ([40, 32], [(0, 2), (0, 2)], {}),
     "mixed": ([64, 85, 17], [None, (2, 4), None], {}),
+    "pruned": ([64, 85, 80], [Pruned(4, (0, 1)), (2, 4), Pruned(4, (2, 3))], {}),
     "odd": ([29, 50, 24], [(2, 3), None, (3, 3)], {"heads": 7, "block_size": 8, "layers": 3}),
     "one head": ([50, 64], [(1, 3), None], {"heads": 1, "layers": 1}),
 }

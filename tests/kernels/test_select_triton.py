@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from paged_cases import make_case
+from paged_cases import Pruned, make_case
 from torch import Tensor
 
-from uncomp.kernels.paged import Rows, head_lengths, sub_blocks
+from uncomp.kernels.paged import Holdings, Rows, head_lengths, sub_blocks
 from uncomp.kernels.select import launch, pool_scores, top_entries
 from uncomp.kernels.select.launch import Terms, choose, limits, pool
 from uncomp.kernels.variant import Config
@@ -16,9 +16,9 @@ LOWEST, NAN = float("-inf"), float("nan")
 BLOCK = 4
 #: several tiles a head
 SMALL = Config({"TILE": 32})
-LENGTHS = [61, 50, 7, 38]
-#: kept and full blocks of the last compaction
-COMPACTED = [None, (5, 9), None, (2, 8)]
+LENGTHS = [61, 50, 7, 38, 60]
+#: kept and full blocks of the last compaction; the last one is a prompt that was pruned
+COMPACTED = [None, (5, 9), None, (2, 8), Pruned(7, (0, 4))]
 
 
 def make_terms(lengths=LENGTHS, compacted=COMPACTED, sinks=3, window=6, spans=0, full=None):
@@ -29,8 +29,9 @@ def make_terms(lengths=LENGTHS, compacted=COMPACTED, sinks=3, window=6, spans=0,
     for row, compaction in enumerate(compacted):
         for layer in range(caches.layers) if compaction else ():
             for head in range(caches.heads):
-                count = int(holdings.counts[layer, rows.slots[row], head])
-                seen = compaction[1] * BLOCK
+                count = stored(holdings, int(rows.slots[row]), layer, head)
+                full_then = compaction.full if isinstance(compaction, Pruned) else compaction[1]
+                seen = full_then * BLOCK
                 kept = torch.randperm(seen)[: count * BLOCK].sort().values.view(-1, BLOCK)
                 at = sub_blocks(rows, holdings, row, layer, head, count)
                 positions[layer, at[:, 0], at[:, 1]] = kept
@@ -44,6 +45,13 @@ def make_terms(lengths=LENGTHS, compacted=COMPACTED, sinks=3, window=6, spans=0,
     )  # fmt: skip
 
 
+def stored(holdings: Holdings, slot: int, layer: int, head: int) -> int:
+    """Sub-blocks of a head whose entries are not where their number says."""
+    count = int(holdings.counts[layer, slot, head]) if slot >= 0 else 0
+    pruned = slot >= 0 and int(holdings.spans[slot, 1]) == 0
+    return count + int(holdings.spans[slot, 0]) if pruned else count
+
+
 def dense(terms: Terms, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Positions, valid, eligible and forced of one layer of a request, `[H, N]`: the rules as
     `Compactor._choose` states them."""
@@ -52,7 +60,7 @@ def dense(terms: Terms, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor, T
     at = torch.arange(int(lengths.max()))
     positions = total - lengths[:, None] + at
     for head in range(terms.shape[2]):
-        count = int(terms.holdings.counts[layer, slot, head]) if slot >= 0 else 0
+        count = stored(terms.holdings, slot, layer, head)
         places = sub_blocks(terms.rows, terms.holdings, row, layer, head, count)
         positions[head, : count * BLOCK] = terms.positions[
             layer, places[:, 0], places[:, 1]
@@ -130,7 +138,7 @@ def check_choice(terms: Terms, raw: Tensor, pooled: Tensor, config=SMALL) -> Non
 @pytest.mark.parametrize("spans", [0, 2])
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (3, 6), (20, 30)])
 def test_limits(spans, sinks, window):
-    terms = make_terms(sinks=sinks, window=window, spans=spans, full=[15, 10, 1, 9])
+    terms = make_terms(sinks=sinks, window=window, spans=spans, full=[15, 10, 1, 9, 14])
     eligible, forced = limits(terms, config=SMALL)
     assert eligible.dtype == forced.dtype == torch.int32
     for layer, row in each(terms):

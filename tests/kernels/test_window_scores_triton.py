@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from paged_cases import make_case
+from paged_cases import Pruned, make_case
 
 from uncomp.kernels.paged import Rows, gather, head_lengths
 from uncomp.kernels.variant import Config
@@ -78,6 +78,10 @@ def check(
 def test_plain_and_compacted_rows_of_unequal_length(layout, reduce):
     case = make_case([70, 83, 9], [None, (2, 4), None], layout=layout)
     check(case, window=8, reduce=reduce)
+
+
+def test_pruned_prompts():
+    check(make_case([70, 83], [Pruned(4, (0, 3)), Pruned(5, (1, 2))]), window=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -152,12 +152,6 @@ CONFLICTS: tuple[Conflict, ...] = (
 #: further ones when prompts are pruned (``prefill_keep``)
 PRUNING_CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
-        "prefill pruning on a GPU",
-        "it is built for CPUs so far",
-        "drop --prefill-keep",
-        lambda c: c.device_config.device_type != "cpu",
-    ),
-    Conflict(
         "prefill pruning with pipeline parallelism",
         "later stages are not told which tokens are left",
         "set --pipeline-parallel-size 1 or drop --prefill-keep",

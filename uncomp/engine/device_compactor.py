@@ -28,7 +28,7 @@ from uncomp.kernels.compact.launch import compact, scratch_bytes
 from uncomp.kernels.entropy import Measure
 from uncomp.kernels.entropy.launch import Scratch, spectral_entropy
 from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
-from uncomp.kernels.paged import Caches, Holdings, gather, sub_blocks
+from uncomp.kernels.paged import Caches, Holdings, gather, stored_sub_blocks, sub_blocks
 from uncomp.kernels.select import Pooling
 from uncomp.kernels.select.launch import Terms, choose, limits, pool
 from uncomp.kernels.window_scores.launch import window_scores_paged, workspace_size
@@ -102,9 +102,9 @@ class DeviceCompactor:
         return receipts
 
     def _kind(self, job: Job) -> tuple[int, bool]:
-        """Jobs of one kind share launches: equal windows, all compacted before or all new."""
+        """Jobs of one kind share launches: equal windows, all compacted before or none."""
         window = 0 if job.queries is None else job.queries.shape[1]
-        return window, job.order.request_id in self.requests
+        return window, job.order.generation > 1
 
     def _run_group(self, jobs: list[Job], table: Tensor) -> list[Receipt]:
         if len(jobs) > 1 and self._layer_bytes(jobs) > self.arena.size:
@@ -159,7 +159,7 @@ class DeviceCompactor:
         if self.calibrated is not None:
             return self.calibrated.unsqueeze(1).expand(-1, len(jobs), -1)
         slots = [self.requests.slots.get(job.order.request_id) for job in jobs]
-        kept = [slot.entropy for slot in slots if slot is not None]
+        kept = [slot.entropy for slot in slots if slot is not None and slot.generation]
         if len(kept) == len(jobs):
             # Survivors are a biased sample: the prompt's own entropy stays in force.
             return torch.stack([cast(Tensor, entropy) for entropy in kept], 1)
@@ -253,12 +253,11 @@ class DeviceCompactor:
         keys, _, lengths = gather(caches, facts.rows, holdings, row, layer)
         tail = facts.rows.lengths[row] - lengths[:, None]
         positions = torch.arange(keys.shape[1], device=keys.device) + tail
-        slot = int(facts.rows.slots[row])
-        if slot >= 0:
-            for head, count in enumerate(holdings.counts[layer, slot].tolist()):
-                at = sub_blocks(facts.rows, holdings, row, layer, head, count)
-                kept = self.positions[layer, at[:, 0], at[:, 1]].flatten()
-                positions[head, : kept.shape[0]] = kept
+        stored = stored_sub_blocks(facts.rows, holdings, row, layer).tolist()
+        for head, count in enumerate(stored):
+            at = sub_blocks(facts.rows, holdings, row, layer, head, count)
+            kept = self.positions[layer, at[:, 0], at[:, 1]].flatten()
+            positions[head, : kept.shape[0]] = kept
         return LayerView(
             self.layer_numbers[layer], keys, lengths, positions, rotary=self.rotaries[layer],
         )  # fmt: skip
@@ -296,24 +295,23 @@ class DeviceCompactor:
         for i, job in enumerate(jobs):
             order = job.order
             old = self.requests.slots.get(order.request_id)
-            kept = len(order.kept_blocks)
-            most, before = order.full_blocks, order.num_tokens
+            most = order.full_blocks
+            before = [most * heads] * layers
             if old is not None:
                 most = old.most + order.full_blocks - old.full_blocks
-                before -= (old.full_blocks - old.kept_blocks) * size
+                before = [n + (order.full_blocks - old.full_blocks) * heads for n in old.held]
             index = old.index if old is not None else self.requests.take()
             own = None if entropy is None else entropy[:, i].clone()
+            dealt = len(order.kept_blocks) * heads
+            held = tuple(min(dealt, n) for n in before)
             self.requests.slots[order.request_id] = DeviceSlot(
-                index, order.generation, order.full_blocks, kept, min(most, kept * heads), own
+                index, order.generation, order.full_blocks, held, min(most, dealt), own
             )
             slots.append(index)
-            after = order.num_tokens - (order.full_blocks - kept) * size
             each = layers * heads
-            receipts.append(
-                Receipt(
-                    order.request_id, order.generation, before * each, after * each, 0.0, 0.0, each
-                )
-            )
+            tail = (order.num_tokens - order.full_blocks * size) * each
+            seen, left = sum(before) * size + tail, sum(held) * size + tail
+            receipts.append(Receipt(order.request_id, order.generation, seen, left, 0.0, 0.0, each))
         at = to_device(slots, torch.int64, self.caches.device)
         holdings = self.requests.holdings
         holdings.counts.index_copy_(1, at, counts)

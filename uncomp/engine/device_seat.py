@@ -6,9 +6,9 @@ What the attention kernels read of it lies in buffers that never move.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from uncomp.engine.by_config import ByConfig
 from uncomp.engine.device_compactor import DeviceCompactor, Job
 from uncomp.engine.device_state import DeviceRequests, QueryStore, to_device
 from uncomp.engine.orders import Order, Receipt, StepPlan
-from uncomp.engine.seat import check_generations
+from uncomp.engine.seat import check_generations, finish_prunings, note_batch, pruned_step
 from uncomp.kernels.decode import DecodeWorkspace, decode, plan
 from uncomp.kernels.paged import Caches, Rows
 from uncomp.kernels.record.launch import record
+
+if TYPE_CHECKING:
+    from uncomp.engine.pruner import Pruner
 
 
 class Runner(Protocol):
@@ -64,6 +67,9 @@ class DeviceSeat:
         max_requests: rows of a batch at most.
         dtype: of queries.
         runner: the model runner.
+
+    Attributes:
+        pruner: drops prompt tokens between layers; None: the server prunes none.
     """
 
     def __init__(
@@ -93,11 +99,16 @@ class DeviceSeat:
         self.decode_steps = 0
         self._plan: StepPlan | None = None
         self._started = False
+        self.pruner: Pruner | None = None
         self.orders_run = 0
 
     def pruned_step(self) -> AbstractContextManager[None]:
-        """Prompts are not pruned on devices; refused at start-up."""
-        return nullcontext()
+        """Around the forward pass of the step that has begun."""
+        return pruned_step(self._plan, self.pruner)
+
+    def batch(self, common: Any) -> None:
+        """Take note of a batch that the runner has put together."""
+        note_batch(self._plan, self.pruner, common, self._runner.row_ids)
 
     def begin(self, plan: StepPlan, gone: set[str]) -> None:
         """Start a step: forget requests that ended or start over, then check agreement.
@@ -155,6 +166,8 @@ class DeviceSeat:
         order = Order(name, blocks * size, blocks, kept, 1)
         compactor.run([Job(order, 0, queries)], table)
         self.requests.drop(name)
+        if self.pruner is not None:
+            self.pruner.memory.warm_up(blocks)
 
     def any_compressed(self) -> bool:
         """Whether a row of this step is compressed."""
@@ -239,6 +252,7 @@ class DeviceSeat:
     def finish(self) -> list[Receipt]:
         """Run the orders of the step, after its forward pass."""
         plan, self._plan = self._plan, None
+        finish_prunings(plan, self.pruner)
         if plan is None or not plan.orders:
             return []
         ids = self._runner.row_ids()

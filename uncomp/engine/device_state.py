@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class DeviceSlot:
 
     Attributes:
         index: slot in the `Holdings`.
-        generation: compactions so far; must equal the scheduler's count.
+        generation: compactions so far; must equal the scheduler's count. 0: only pruned.
         full_blocks: full blocks at the last compaction; later ones are the tail.
-        kept_blocks: blocks that hold what was kept.
+        held: sub-blocks that hold what was kept, in each layer.
         most: sub-blocks that a head can have kept at most.
         entropy: [layers, heads] on the device, kept for later compactions; or None.
     """
@@ -38,7 +39,7 @@ class DeviceSlot:
     index: int
     generation: int
     full_blocks: int
-    kept_blocks: int
+    held: tuple[int, ...]
     most: int
     entropy: Tensor | None
 
@@ -82,6 +83,42 @@ class DeviceRequests:
         if slot is not None:
             self._free.append(slot.index)
 
+    def place_pruned(
+        self,
+        request_id: str,
+        num_tokens: int,
+        blocks: Tensor,
+        kept: Sequence[Tensor],
+        positions: Tensor,
+    ) -> None:
+        """Record what a pruned prompt left in every layer, at the end of its blocks.
+
+        Args:
+            blocks: [full blocks] int32 on the device, ids of the prompt's full blocks.
+            kept: per layer [n] int64 on the device, the positions it holds, ascending; a whole
+                number of blocks fewer than `num_tokens`, and the last ones among them. Layers of a
+                stage share a tensor.
+            positions: [layers, num_blocks, heads, block_size] int32; written to.
+        """
+        size = positions.shape[3]
+        full = num_tokens // size
+        dropped = [(num_tokens - len(at)) // size for at in kept]
+        start = 0
+        for _, same in groupby(kept, id):
+            stop = start + len(list(same))
+            here = blocks[dropped[start] :].long()
+            at = kept[start][: len(here) * size].to(torch.int32).view(1, -1, 1, size)
+            shape = (stop - start, len(here), *positions.shape[2:])
+            positions[start:stop].index_copy_(1, here, at.expand(shape))
+            start = stop
+        slot, holdings, heads = self.take(), self.holdings, positions.shape[2]
+        counts = to_device([-n for n in dropped], torch.int32, positions.device)
+        holdings.counts[:, slot] = counts.unsqueeze(1)
+        holdings.offsets[:, slot] = 0
+        holdings.spans[slot].copy_(to_device([full, 0], torch.int32, positions.device))
+        held = tuple((full - n) * heads for n in dropped)
+        self.slots[request_id] = DeviceSlot(slot, 0, full, held, full, None)
+
 
 class QueryStore:
     """The last `window` queries of the requests about to be compacted.
@@ -124,18 +161,28 @@ class QueryStore:
         Raises:
             RuntimeError: none were recorded.
         """
+        return self._ordered(request_id, num_tokens, window).transpose(0, 1).contiguous()
+
+    def of_layer(self, layer: int, request_id: str, num_tokens: int, window: int) -> Tensor:
+        """[w, query heads, head size] of one layer, see `last`."""
+        return self._ordered(request_id, num_tokens, window, layer)
+
+    def _ordered(
+        self, request_id: str, num_tokens: int, window: int, layer: int | None = None
+    ) -> Tensor:
         if request_id not in self._of:
             raise RuntimeError(
-                f"uncomp: no queries were recorded for {request_id}, which is to be compacted at "
-                f"{num_tokens} tokens"
+                f"uncomp: no queries were recorded for {request_id}, whose cache is to be scored "
+                f"at {num_tokens} tokens"
             )
         buffer, oldest = self._of[request_id], num_tokens % self.window
+        if layer is not None:
+            buffer = buffer[:, layer]
         if num_tokens < self.window:
             ordered = buffer[:num_tokens]
         else:
             ordered = torch.cat([buffer[oldest:], buffer[:oldest]])
-        ordered = ordered[-window:]
-        return ordered.transpose(0, 1).contiguous()
+        return ordered[-window:]
 
     def drop(self, request_id: str) -> None:
         buffer = self._of.pop(request_id, None)

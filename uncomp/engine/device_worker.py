@@ -14,14 +14,18 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from uncomp.config import UncompConfig
 from uncomp.engine.arena import LEAST_BYTES, Arena
 from uncomp.engine.by_config import ByConfig
-from uncomp.engine.calibrated import rank_entropies
+from uncomp.engine.calibrated import rank_entropies, schedule_of
 from uncomp.engine.device_compactor import DeviceCompactor
+from uncomp.engine.device_prompts import DevicePrompts
 from uncomp.engine.device_seat import DeviceSeat
 from uncomp.engine.device_state import DeviceRequests, QueryStore
+from uncomp.engine.pruned_model import PrunedModel
+from uncomp.engine.pruner import Pruner
 from uncomp.engine.settings import make_policy
 from uncomp.engine.worker_base import CompactingWorker
 from uncomp.kernels.decode import DecodeWorkspace, programs
 from uncomp.kernels.paged import Caches
+from uncomp.pruning import WIDEST
 
 logger = logging.getLogger("vllm.uncomp")
 
@@ -109,9 +113,11 @@ class DeviceWorker(CompactingWorker):
         requests = DeviceRequests(caches.layers, caches.heads, most, caches.device)
         store = None
         dtype = cast(torch.dtype, self.model_config.dtype)
-        if self._policy.needs_queries:
+        schedule = schedule_of(self._uncomp, self.model_config.hf_text_config)
+        if self._policy.needs_queries or schedule is not None:
             shape = (first.num_heads, first.head_size)
-            store = QueryStore(caches.layers, self._uncomp.window, shape, dtype, caches.device)
+            window = max(self._uncomp.window, WIDEST if schedule is not None else 0)
+            store = QueryStore(caches.layers, window, shape, dtype, caches.device)
         numbers = [extract_layer_index(name) for name in layers]
         shape4 = (caches.layers, *tensors[0].shape[:3])
         positions = torch.zeros(shape4, dtype=torch.int32, device=caches.device)
@@ -165,4 +171,16 @@ class DeviceWorker(CompactingWorker):
             "calibrated" if default.calibrated is not None else "from the prompt",
         )
         compactors = ByConfig(default, compactor)
-        return DeviceSeat(requests, store, compactors, caches, workspace, rows, dtype, self)
+        seat = DeviceSeat(requests, store, compactors, caches, workspace, rows, dtype, self)
+        if schedule is not None:
+            assert store is not None
+            build = self._only_builder().build_shorter
+            seat.pruner = Pruner(
+                self._uncomp,
+                schedule,
+                PrunedModel.of(self.model_runner.get_model(), list(layers)),
+                list(layers),
+                DevicePrompts(caches, positions, scaling, capping, requests, store, arena, build),
+                self.rank,
+            )
+        return seat

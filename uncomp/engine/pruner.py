@@ -5,17 +5,21 @@ prompt is pruned, hooks on them take rows out of all three at the first layer of
 exchange the attention metadata of the layers that follow: to these, the request is a shorter
 sequence that lies at the end of its own blocks. Such steps run vLLM's model code as it is, without
 its compiled graph; all others are not touched, and no hook is left on the model.
+
+The same on every device; where queries, keys and tables lie is a `PromptMemory`'s business
+(`host_prompts.py`, `device_prompts.py`). Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +27,58 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 
 from uncomp.config import UncompConfig
-from uncomp.engine.compactor import LayerCache
-from uncomp.engine.cpu_layout import CacheLayout
 from uncomp.engine.orders import Pruning
-from uncomp.engine.seat import QueryRing
-from uncomp.engine.state import CompressedRequests
-from uncomp.pruning import CHOICES, Schedule, choose_tokens
+from uncomp.engine.pruned_model import GIVEN, PrunedModel
+from uncomp.pruning import CHOICES, Choice, Schedule, choose_tokens
 
-#: what a decoder layer is given, and what of it has a row per token
-_GIVEN = ("positions", "hidden_states", "residual")
+
+class PromptMemory(Protocol):
+    """What a worker knows of the prompts that are pruned, and what it remembers of them.
+
+    Attributes:
+        block_size: tokens per block.
+        layers: attention layers.
+    """
+
+    block_size: int
+    layers: int
+
+    def scores(
+        self, choice: Choice, layer: int, order: Pruning, at: Tensor, blocks: Tensor
+    ) -> Tensor:
+        """What the last queries of a prompt give the tokens that a layer has read.
+
+        Args:
+            at: [n] int64, their positions.
+            blocks: [ceil(n / block_size)] int32, ids of the blocks that hold them.
+
+        Returns:
+            [n] float32, summed over the heads of this rank, see `Choice.scores`.
+        """
+
+    def metadata(self, common: Any, before: Any) -> Any:
+        """The backend's metadata of what is left of a batch.
+
+        Args:
+            common: vLLM's common metadata of it.
+            before: the backend's metadata of the layer before.
+        """
+
+    def place(self, order: Pruning, blocks: Tensor, kept: list[Tensor]) -> None:
+        """Record what a prompt has left in every layer, at the end of its blocks.
+
+        Args:
+            blocks: [full blocks] int32, ids of the prompt's full blocks.
+            kept: per layer [n] int64, the positions it holds, ascending; a whole number of blocks
+                fewer than the prompt has, and its last ones among them. Layers of a stage share a
+                tensor.
+        """
+
+    def forget_queries(self, request_id: str) -> None:
+        """The queries of a prompt are of no more use."""
+
+    def warm_up(self, blocks: int) -> None:
+        """Before requests come; blocks 1 to `blocks` of the caches hold zeros."""
 
 
 @dataclass
@@ -41,50 +88,15 @@ class _Prompt:
     Attributes:
         row: its row in the batch.
         at: [n] int64, positions that the present stage reads.
-        kept: the same for every layer so far.
+        blocks: [width] int32, its row of vLLM's block table.
+        kept: what `at` was in every layer so far.
     """
 
     order: Pruning
-    row: int
-    at: Tensor
+    row: int = -1
+    at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    blocks: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
     kept: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class PrunedModel:
-    """The parts of a vLLM model that pruning hooks into.
-
-    Attributes:
-        model: its output has a row per token.
-        layers: decoder layers, in order.
-        compiled: modules that vLLM calls through a compiled graph.
-    """
-
-    model: nn.Module
-    layers: list[nn.Module]
-    compiled: list[Any]
-
-    @classmethod
-    def of(cls, model: nn.Module, attention: Sequence[str]) -> PrunedModel:
-        """Find them.
-
-        Args:
-            attention: names of the attention modules, in order, one per decoder layer.
-
-        Raises:
-            RuntimeError: the decoder layers do not take positions, hidden states and residual.
-        """
-        modules = dict(model.named_modules())
-        layers = [_decoder_layer(modules, name) for name in attention]
-        for layer in layers:
-            names = list(inspect.signature(layer.forward).parameters)
-            if not set(_GIVEN) <= set(names):
-                raise RuntimeError(
-                    f"uncomp: prompts of {type(model).__name__} cannot be pruned: its layers "
-                    f"({type(layer).__name__}) take {names}, not {list(_GIVEN)}; drop prefill_keep"
-                )
-        compiled = [m for m in modules.values() if hasattr(m, "do_not_compile")]
-        return cls(model, layers, compiled)
 
 
 class Pruner:
@@ -94,11 +106,8 @@ class Pruner:
         config: the server's settings.
         schedule: first layers of the stages.
         parts: of the model.
-        caches, names: the attention layers and their names, in order.
-        layout: of a sub-block.
-        requests: told what was kept.
-        ring: the last queries of the prompts.
-        build: makes attention metadata of a batch (vLLM's common metadata in).
+        names: of the attention layers, in order.
+        memory: of this worker.
         rank: names the trace file.
     """
 
@@ -107,24 +116,19 @@ class Pruner:
         config: UncompConfig,
         schedule: Schedule,
         parts: PrunedModel,
-        caches: list[LayerCache],
         names: list[str],
-        layout: CacheLayout,
-        requests: CompressedRequests,
-        ring: QueryRing,
-        build: Callable[[Any], Any],
+        memory: PromptMemory,
         rank: int = 0,
     ) -> None:
         self.config, self.schedule, self.parts = config, schedule, parts
-        self.caches, self.names, self.layout = caches, names, layout
-        self.requests, self.ring, self._build = requests, ring, build
+        self.names, self.memory = names, memory
         self._trace = Path(config.trace, f"pruned-{rank}.jsonl") if config.trace else None
         self._prompts: list[_Prompt] = []
 
     @contextmanager
     def step(self, prunings: Sequence[Pruning]) -> Iterator[None]:
         """Everything that the model computes inside is pruned."""
-        self._prompts = [_Prompt(order, -1, torch.arange(order.num_tokens)) for order in prunings]
+        self._prompts = [_Prompt(order) for order in prunings]
         with ExitStack() as stack:
             for module in self.parts.compiled:
                 stack.callback(setattr, module, "do_not_compile", module.do_not_compile)
@@ -145,9 +149,12 @@ class Pruner:
             row_of: rows of the requests.
         """
         self._common, self._starts = common, common.query_start_loc_cpu.tolist()
-        self._index = torch.arange(common.num_actual_tokens)
+        self._device = common.query_start_loc.device
+        self._index = torch.arange(common.num_actual_tokens, device=self._device)
         for prompt in self._prompts:
             prompt.row = row_of[prompt.order.request_id]
+            prompt.at = torch.arange(prompt.order.num_tokens, device=self._device)
+            prompt.blocks = common.block_table_tensor[prompt.row]
             tokens = self._starts[prompt.row + 1] - self._starts[prompt.row]
             if tokens != prompt.order.num_tokens:
                 raise RuntimeError(
@@ -155,7 +162,7 @@ class Pruner:
                     f"{tokens} of its {prompt.order.num_tokens} tokens are in this step"
                 )
 
-    def finish(self, block_row: Callable[[str], Tensor]) -> list[str]:
+    def finish(self) -> list[str]:
         """Record what the prompts of the step kept; after its forward pass.
 
         Returns:
@@ -171,10 +178,9 @@ class Pruner:
                     f"uncomp: {prompt.order.request_id} was not pruned: this vLLM runs the layers "
                     f"of {type(self.parts.model).__name__} without their hooks; drop prefill_keep"
                 )
-            self._leave(prompt, len(self.caches))
-            name, tokens = prompt.order.request_id, prompt.order.num_tokens
-            row = block_row(name)[: tokens // self.requests.block_size]
-            self.requests.place_pruned(name, tokens, row, prompt.kept)
+            self._leave(prompt, self.memory.layers)
+            full = prompt.order.num_tokens // self.memory.block_size
+            self.memory.place(prompt.order, prompt.blocks[:full], prompt.kept)
             self._write_trace(prompt)
         return [prompt.order.request_id for prompt in done]
 
@@ -185,7 +191,7 @@ class Pruner:
             given = signature.bind(*args, **kwargs)
             if index in self.schedule.starts:
                 take = self._enter(self.schedule.starts.index(index) + 1)
-                for name in _GIVEN[1:]:
+                for name in GIVEN[1:]:
                     given.arguments[name] = given.arguments[name].index_select(0, take)
                 self._positions = given.arguments["positions"].index_select(0, self._index)
             given.arguments["positions"] = self._positions
@@ -205,18 +211,22 @@ class Pruner:
             self._leave(prompt, first)
             chosen[prompt.row] = self._choose(prompt, stage, first - 1)
             prompt.at = prompt.at[chosen[prompt.row]]
+        ends = self._common.query_start_loc_cpu.tolist()
         take, slots, starts = [], [], [0]
         for row, (begin, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            rows = chosen.get(row, torch.arange(end - begin))
+            rows = chosen.get(row)
+            if rows is None:
+                rows = torch.arange(end - begin, device=self._device)
             take.append(begin + rows)
-            last = int(self._common.query_start_loc_cpu[row + 1])
-            slots.append(torch.arange(last - len(rows), last))
+            last = ends[row + 1]
+            slots.append(torch.arange(last - len(rows), last, device=self._device))
             starts.append(starts[-1] + len(rows))
         taken = torch.cat(take)
         self._index, self._starts = self._index[taken], starts
         slot_mapping = self._common.slot_mapping[torch.cat(slots)]
-        metadata = self._build(self._shorter(starts, slot_mapping))
         context: Any = get_forward_context()  # one batch (no dual batch overlap): dictionaries
+        before = context.attn_metadata[self.names[first - 1]]
+        metadata = self.memory.metadata(self._shorter(starts, slot_mapping), before)
         later = self.names[first:]
         context.attn_metadata |= dict.fromkeys(later, metadata)
         if context.slot_mapping:  # older vLLM: in the metadata alone
@@ -225,46 +235,41 @@ class Pruner:
 
     def _shorter(self, starts: list[int], slot_mapping: Tensor) -> Any:
         """vLLM's common metadata of the rows that are left."""
-        common, size = self._common, self.requests.block_size
+        common, size = self._common, self.memory.block_size
         seq_lens, table = common.seq_lens.clone(), common.block_table_tensor.clone()
+        bound = getattr(common, "seq_lens_cpu_upper_bound", None)
+        changed: dict[str, Any] = {}
+        if bound is not None:
+            changed["seq_lens_cpu_upper_bound"] = bound = bound.clone()
         for prompt in self._prompts:
-            dropped = (prompt.order.num_tokens - len(prompt.at)) // size
-            seq_lens[prompt.row] = len(prompt.at)
+            left = len(prompt.at)
+            dropped = (prompt.order.num_tokens - left) // size
+            seq_lens[prompt.row] = left
             table[prompt.row] = table[prompt.row].roll(-dropped)
+            if bound is not None:
+                bound[prompt.row] = left
         begin = torch.tensor(starts, dtype=common.query_start_loc.dtype)
+        # Fields of vLLM's own that were derived from what is exchanged here.
+        derived = [f.name for f in dataclasses.fields(common) if f.name.startswith("_")]
         return common.replace(
-            query_start_loc=begin,
+            **dict.fromkeys(derived),
+            **changed,
+            query_start_loc=begin.to(self._device, non_blocking=True),
             query_start_loc_cpu=begin,
             seq_lens=seq_lens,
             num_actual_tokens=starts[-1],
             max_query_len=int((begin[1:] - begin[:-1]).max()),
-            max_seq_len=int(seq_lens.max()),
             block_table_tensor=table,
             slot_mapping=slot_mapping,
         )
 
     def _choose(self, prompt: _Prompt, stage: int, layer: int) -> Tensor:
         """[n] int64, indices into the positions that the layer read."""
-        order, size = prompt.order, self.requests.block_size
+        order, size = prompt.order, self.memory.block_size
         choice = CHOICES[(order.own or self.config).prefill_scores]
-        cache = self.caches[layer]
         total = order.num_tokens
-        blocks = self._common.block_table_tensor[prompt.row]
-        blocks = blocks[(total - len(prompt.at)) // size : -(-total // size)].long()
-        heads = torch.arange(self.requests.heads).unsqueeze(1)
-        keys = cache.cache.new_empty(
-            self.requests.heads, len(blocks), size, cache.cache.shape[3] // 2
-        )
-        self.layout.keys(cache.cache, blocks * self.requests.heads + heads, keys)
-        queries = self.ring.of_layer(layer, order.request_id, total, choice.queries)
-        scores = choice.scores(
-            queries.unflatten(1, (self.requests.heads, -1)).permute(1, 2, 0, 3),
-            keys.flatten(1, 2)[:, : len(prompt.at)],
-            torch.arange(total - len(queries), total),
-            prompt.at,
-            cache.scale,
-            cache.softcap,
-        )
+        blocks = prompt.blocks[(total - len(prompt.at)) // size : -(-total // size)]
+        scores = self.memory.scores(choice, layer, order, prompt.at, blocks)
         if get_tensor_model_parallel_world_size() > 1:
             scores = tensor_model_parallel_all_reduce(scores)
         forced = prompt.at < self.config.sinks
@@ -295,13 +300,3 @@ class Pruner:
         }
         with open(self._trace, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _decoder_layer(modules: dict[str, nn.Module], attention: str) -> nn.Module:
-    """The element of the model's list of layers that holds an attention module."""
-    parts = attention.split(".")
-    at = max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
-    found = None if at is None else modules.get(".".join(parts[: at + 1]))
-    if found is None:
-        raise RuntimeError(f"uncomp: no decoder layer was found around {attention}")
-    return found

@@ -116,6 +116,35 @@ def check_generations(plan: StepPlan, have: dict[str, int]) -> None:
             )
 
 
+def pruned_step(plan: StepPlan | None, pruner: Pruner | None) -> AbstractContextManager[None]:
+    """Around the forward pass of a step.
+
+    Raises:
+        RuntimeError: the scheduler prunes prompts, this worker does not.
+    """
+    if plan is None or not plan.prunings:
+        return nullcontext()
+    if pruner is None:
+        raise RuntimeError("uncomp: the scheduler prunes prompts, this worker does not")
+    return pruner.step(plan.prunings)
+
+
+def note_batch(
+    plan: StepPlan | None, pruner: Pruner | None, common: Any, row_ids: Callable[[], list[str]]
+) -> None:
+    """Tell the pruner which batch the runner has put together."""
+    if plan is not None and plan.prunings and pruner is not None:
+        ids = row_ids()[: common.num_reqs]
+        pruner.batch(common, {name: row for row, name in enumerate(ids)})
+
+
+def finish_prunings(plan: StepPlan | None, pruner: Pruner | None) -> None:
+    """After the forward pass of a step: record what its pruned prompts kept."""
+    if plan is not None and plan.prunings and pruner is not None:
+        for request_id in {*pruner.finish()} - {*plan.queries_needed}:
+            pruner.memory.forget_queries(request_id)
+
+
 class Seat:
     """State of one worker.
 
@@ -166,18 +195,11 @@ class Seat:
 
     def pruned_step(self) -> AbstractContextManager[None]:
         """Around the forward pass of the step that has begun."""
-        plan = self._plan
-        if plan is None or not plan.prunings:
-            return nullcontext()
-        if self.pruner is None:
-            raise RuntimeError("uncomp: the scheduler prunes prompts, this worker does not")
-        return self.pruner.step(plan.prunings)
+        return pruned_step(self._plan, self.pruner)
 
     def batch(self, common: Any) -> None:
         """Take note of a batch that the runner has put together."""
-        if self._plan is not None and self._plan.prunings and self.pruner is not None:
-            ids = self._row_ids()[: common.num_reqs]
-            self.pruner.batch(common, {name: row for row, name in enumerate(ids)})
+        note_batch(self._plan, self.pruner, common, self._row_ids)
 
     def step_rows(self, common: Any) -> StepRows | None:
         """Sort the rows of the batch; ``None`` if the step is none of our business."""
@@ -207,10 +229,7 @@ class Seat:
         """Run the orders of the step, after its forward pass."""
         plan, self._plan = self._plan, None
         receipts = []
-        if plan is not None and plan.prunings and self.pruner is not None:
-            pruned = self.pruner.finish(self._block_row)
-            for request_id in {*pruned} - {*plan.queries_needed}:
-                self.pruner.ring.drop(request_id)
+        finish_prunings(plan, self.pruner)
         for order in plan.orders if plan is not None else ():
             compactor = self.compactors.of(order.own)
             queries = None

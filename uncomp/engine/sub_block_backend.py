@@ -46,6 +46,11 @@ class SubBlockMetadata:
     first_token: int = 0
     record: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def decode_count(self) -> int:
+        """Rows for our kernel."""
+        return 0 if self.decode is None else self.decode.rows.lengths.shape[0]
+
 
 class SubBlockBuilder(_Builder):
     """Splits a batch; the worker gives it its seat once the KV cache exists.
@@ -65,6 +70,7 @@ class SubBlockBuilder(_Builder):
         common, seat = common_attn_metadata, self.seat
         if seat is None:
             return super().build(common_prefix_len, common, fast_build)
+        seat.batch(common)
         rows, tokens = _leading_decodes(common)
         mixed = rows < common.num_reqs
         if not seat.any_compressed() and (mixed or not self.full_graphs):
@@ -78,6 +84,23 @@ class SubBlockBuilder(_Builder):
         if rows:
             meta.decode = seat.decode_rows(common, rows, tokens)
         return meta
+
+    def build_shorter(self, common: Any, before: SubBlockMetadata) -> SubBlockMetadata:
+        """Metadata of what is left of a batch in later layers, where prompts are pruned.
+
+        Args:
+            common: of the rows that are left; rows of one token are as they were.
+            before: metadata of the layer before.
+        """
+        seat, rows = before.seat, before.decode_count
+        return SubBlockMetadata(
+            common.num_actual_tokens,
+            seat,
+            before.decode,
+            super().build(0, _rows_from(common, rows, before.first_token)),
+            before.first_token,
+            seat.prefill_record(common, rows),
+        )
 
 
 class SubBlockImpl(_Impl):

@@ -18,7 +18,9 @@ from uncomp.engine.calibrated import rank_entropies, schedule_of
 from uncomp.engine.compactor import Compactor, LayerCache
 from uncomp.engine.cpu_backend import SeatedBackend, SeatedImpl
 from uncomp.engine.cpu_layout import probe_layout
-from uncomp.engine.pruner import PrunedModel, Pruner
+from uncomp.engine.host_prompts import HostPrompts
+from uncomp.engine.pruned_model import PrunedModel
+from uncomp.engine.pruner import Pruner
 from uncomp.engine.seat import QueryRing, Seat
 from uncomp.engine.settings import make_policy
 from uncomp.engine.state import CompressedRequests
@@ -105,12 +107,8 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
                 self._uncomp,
                 schedule,
                 PrunedModel.of(self.model_runner.get_model(), list(layers)),
-                caches,
                 list(layers),
-                layout,
-                requests,
-                ring,
-                self._only_builder().metadata,
+                HostPrompts(caches, layout, requests, ring, self._only_builder().metadata),
                 self.rank,
             )
         return seat

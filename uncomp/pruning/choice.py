@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uncomp.kernels.select import Pooling, pool_scores, top_entries
+from uncomp.kernels.select import Pooling, pool_scores
 from uncomp.kernels.window_scores import Over, window_scores
 
 
@@ -94,10 +94,23 @@ def choose_tokens(scores: Tensor, forced: Tensor, recent: int, keep: int, choice
     """
     if keep > scores.shape[0]:
         raise ValueError(f"choose_tokens: {keep} of {scores.shape[0]} tokens are to stay")
-    raw = scores.unsqueeze(0)
-    old = max(0, scores.shape[0] - recent)
-    limit = torch.tensor([old], device=scores.device)
-    pooled = pool_scores(raw, choice.pooling, choice.pooling_kind, limit)
-    stay = (forced | (torch.arange(scores.shape[0], device=scores.device) >= old)).unsqueeze(0)
-    count = torch.tensor([keep], device=scores.device)
-    return top_entries(pooled, raw, torch.ones_like(stay), stay, count)[0]
+    recent = min(recent, scores.shape[0])
+    old = scores.shape[0] - recent
+    limit = torch.full((1,), old, device=scores.device)
+    pooled = pool_scores(scores.unsqueeze(0), choice.pooling, choice.pooling_kind, limit)[0]
+    stay = forced | (torch.arange(scores.shape[0], device=scores.device) >= old)
+    if scores.is_cpu and int(stay.sum()) > keep:  # anywhere else this would wait for the device
+        raise ValueError(f"choose_tokens: {int(stay.sum())} tokens are forced, {keep} are to stay")
+    # From the last criterion to the first, each sort stable; their number is known beforehand, so
+    # that nothing waits for a device.
+    order = _descending(scores)
+    order = order[_descending(pooled[order])]
+    order = order[_descending(stay[order].to(torch.uint8))]
+    return order[:keep].sort().values
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Stable order from the largest on; NaN ranks lowest."""
+    if values.is_floating_point():
+        values = values.masked_fill(values.isnan(), float("-inf"))
+    return values.argsort(descending=True, stable=True)
