@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from uncomp.eval.ablation import agnostic, aware, choose
+from uncomp.eval.ablation import agnostic, aware, choose, robust
 from uncomp.eval.ablation.replay import Reading, Replay
 from uncomp.eval.ablation.shared import RECENT, SINKS, Named
 
@@ -25,6 +25,7 @@ SETS: dict[str, Make] = {
         agnostic.agnostic,
         agnostic.blind,
         agnostic.outlines,
+        robust.robust,
     )
 }
 

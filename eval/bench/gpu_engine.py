@@ -21,6 +21,10 @@ from uncomp.eval.bench.rows import Row
 Say = Callable[[str], None]
 #: generated tokens per second over those of full KV
 GAIN = 6.4
+#: fractions of a prompt that enter the last layers; the first is the paper's
+FRACTIONS = (0.375, 0.5)
+#: prefill of the paper's fraction over stock vLLM's; the paper has 1.585 on an A100
+SOONER = 1.5
 
 
 def unusable(dry: bool) -> str:
@@ -157,6 +161,27 @@ def light(runner: Runner) -> list[Row]:
     return found
 
 
+def pruned32k(runner: Runner) -> list[Row]:
+    """Time to first token of 32k prompts: stock vLLM, whole in one step, and pruned."""
+    sizes, arms = runner.sizes, runner.arms
+    setting = f"one prompt of {sizes.context} tokens"
+    stock = runner("stock", arms.pruning(None))["1.0"]["repeats"]["prefill_seconds"]
+    measured = runner("pruned", arms.pruning([1.0, *FRACTIONS]))
+    found = [row(f"{setting}, stock", "time to first token", "s", stock)]
+    for fraction in (1.0, *FRACTIONS):
+        name = f"{setting}, " + ("whole" if fraction == 1 else f"{fraction} enter the last layers")
+        seconds = measured[str(fraction)]["repeats"]["prefill_seconds"]
+        found.append(row(name, "time to first token", "s", seconds))
+        ratio = [statistics.median(stock) / one for one in seconds]
+        bar = {"least": SOONER} if fraction == FRACTIONS[0] else {}
+        found.append(row(name, "sooner than stock", "x", ratio, **bar))
+        counters = measured[str(fraction)]["counters"]
+        if counters["prefill_token_layers"]:
+            read = counters["prefill_token_layers_read"] / counters["prefill_token_layers"]
+            found.append(row(name, "tokens times layers read", "%", [100 * read]))
+    return found
+
+
 SCENARIOS: dict[str, Callable[[Runner], list[Row]]] = {
     "paper": paper,
     "paper-fp8": paper_fp8,
@@ -165,6 +190,7 @@ SCENARIOS: dict[str, Callable[[Runner], list[Row]]] = {
     "decode32k-more": decode32k_more,
     "end-to-end": end_to_end,
     "light": light,
+    "pruned32k": pruned32k,
 }
 
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-NAMES = ("paper", "paper-fp8", "paper-whole", "decode32k", "decode32k-more", "end-to-end", "light")
+NAMES = (
+    "paper",
+    "paper-fp8",
+    "paper-whole",
+    "decode32k",
+    "decode32k-more",
+    "end-to-end",
+    "light",
+    "pruned32k",
+)
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -64,6 +73,7 @@ class Sizes:
         window, settle: seconds measured, and most seconds until the engine is in a steady state.
         lengths: prompts of which the time to first token is taken.
         repeats: of light load.
+        stages: first layers of the later stages, where prompts are pruned.
         engine: further arguments of every engine.
         uncomp: further settings of the plugin.
         env: further environment of every engine.
@@ -83,6 +93,7 @@ class Sizes:
     lengths: tuple[int, ...]
     repeats: int
     keep: tuple[float, ...]
+    stages: str
     engine: dict[str, Any] = field(default_factory=dict)
     uncomp: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
@@ -111,6 +122,7 @@ REAL = Sizes(
     uncomp={"recompact_every": 128},
     repeats=7,
     keep=(0.0474, 0.125, 0.25, 0.5),
+    stages="2,15,26,31",  # as published for Llama-2-7B, which has as many layers
     engine={"max_num_batched_tokens": 8192, "block_size": 16},
     # Where both runners could serve, the first one is meant.
     env={"VLLM_USE_V2_MODEL_RUNNER": "0"},
@@ -130,6 +142,7 @@ DRY = Sizes(
     lengths=(96,),
     repeats=2,
     keep=(0.125, 0.5),
+    stages="1",
     engine={"max_num_batched_tokens": 512, "block_size": 32, "enforce_eager": True},
     uncomp={"min_tokens": 64, "recompact_every": 64},
     env={"VLLM_CPU_OMP_THREADS_BIND": "0-0", "OMP_NUM_THREADS": "1"},
@@ -278,6 +291,39 @@ class Arms:
             for n in sizes.lengths
         ]
         return self.arm(runs, uncomp, max(sizes.lengths) + 512, None if self._real else sizes.pool)
+
+    def pruning(self, fractions: list[float] | None) -> dict[str, Any]:
+        """Single long prompts, nothing generated; nothing is compacted.
+
+        Args:
+            fractions: that enter the last stage, one run each; None: stock vLLM, which reads the
+                prompt in chunks.
+        """
+        sizes = self.sizes
+        common = {
+            "kind": "batch",
+            "count": 1,
+            "length": sizes.context,
+            "max_tokens": 1,
+            "repeat": sizes.repeats,
+        }
+        runs = [
+            {
+                **common,
+                "name": str(fraction),
+                "extra_args": None if fractions is None else {"kv_prefill_keep": fraction},
+            }
+            for fraction in fractions or [1.0]
+        ]
+        uncomp = None
+        if fractions is not None:
+            uncomp = {"keep": 1.0, "prefill_keep": 1.0, "prefill_stages": sizes.stages}
+        context = sizes.context + 32
+        arm = self.arm(runs, uncomp, context, None if self._real else sizes.pool)
+        if fractions is not None:
+            arm["engine"]["max_num_batched_tokens"] = context + sizes.most
+            arm["engine"]["additional_config"]["uncomp"]["prefill_floor"] = sizes.context // 8
+        return arm
 
     @property
     def _real(self) -> bool:

@@ -124,12 +124,3 @@ def test_conflict_with_pruning_is_named(where: str, value: object, message: str)
     assert sum(conflict.found(config) for conflict in PRUNING_CONFLICTS) == 1
     with pytest.raises(ConflictError, match=message):
         check_config(config)
-
-
-def test_pruning_is_refused_on_gpus() -> None:
-    config = configuration("cuda")
-    config.additional_config = {
-        "uncomp": {"keep": 0.5, "prefill_keep": 0.5, "prefill_stages": "2,5"}
-    }
-    with pytest.raises(ConflictError, match="prefill pruning on a GPU"):
-        check_config(config)
