@@ -6,6 +6,7 @@ import torch
 from uncomp.engine.arena import Arena, aligned
 from uncomp.engine.device_clock import DeviceClock
 from uncomp.engine.device_state import DeviceRequests, DeviceSlot, QueryStore
+from uncomp.kernels.paged import Rows, head_lengths, stored_sub_blocks, sub_blocks
 from uncomp.kernels.record.launch import record
 
 CPU = torch.device("cpu")
@@ -43,6 +44,7 @@ def test_the_last_queries_come_back_in_order(tokens: int) -> None:
     assert torch.equal(last, queries[:, max(0, tokens - window) :])
     assert torch.equal(store.last("other", tokens, window), -last)
     assert torch.equal(store.last("mine", tokens, 2), last[:, -2:])
+    assert torch.equal(store.of_layer(1, "mine", tokens, 2), last[1, -2:])
     store.drop("mine")
     assert len(store) == 1
     with pytest.raises(RuntimeError, match="no queries were recorded for mine"):
@@ -76,3 +78,33 @@ def test_clock_adds_up_once() -> None:
     assert clock.collect() == (1.0, 4.0)
     assert clock.collect() == (0.0, 0.0)
     assert clock.mark() <= clock.mark()
+
+
+def test_pruned_prompts_are_shorter_in_later_layers() -> None:
+    """Blocks of four tokens, a prompt of 18: of its four full blocks, layers 1 and 2 lack two."""
+    requests = DeviceRequests(3, 2, 4, CPU)
+    positions = torch.full((3, 10, 2, 4), -1, dtype=torch.int32)
+    whole = torch.arange(18)
+    left = torch.tensor([0, 3, 5, 7, 9, 11, 13, 15, 16, 17])
+    blocks = torch.tensor([7, 2, 9, 4], dtype=torch.int32)
+    requests.place_pruned("a", 18, blocks, [whole, left, left], positions)
+    slot = requests.slots["a"]
+    assert (slot.generation, slot.full_blocks, slot.held) == (0, 4, (8, 4, 4))
+    rows = Rows(
+        torch.tensor([[7, 2, 9, 4, 5, 0]], dtype=torch.int32),
+        torch.tensor([19], dtype=torch.int32),
+        torch.tensor([slot.index], dtype=torch.int32),
+    )
+    assert head_lengths(rows, requests.holdings, 4)[:, 0, 0].tolist() == [19, 11, 11]
+    for layer, at in enumerate([whole, left, left]):
+        stored = stored_sub_blocks(rows, requests.holdings, 0, layer).tolist()
+        assert stored == [len(at) // 4] * 2
+        for head in range(2):
+            places = sub_blocks(rows, requests.holdings, 0, layer, head, stored[head] + 1)
+            assert places[-1].tolist() == [5, head]  # the block being filled
+            block, inside = places[:-1].unbind(1)
+            found = positions[layer, block, inside].flatten().tolist()
+            assert found == at[: stored[head] * 4].tolist()
+    assert positions[:, [0, 1, 3, 5, 6, 8]].eq(-1).all()
+    requests.drop("a")
+    assert len(requests) == 0

@@ -46,6 +46,9 @@ class Seat:
     def __init__(self, compressed: bool) -> None:
         self.compressed = compressed
 
+    def batch(self, common: Any) -> None:
+        self.noted = common
+
     def any_compressed(self) -> bool:
         return self.compressed
 
@@ -106,6 +109,26 @@ def test_mixed_is_split() -> None:
     assert (rest.num_reqs, rest.num_actual_tokens, rest.max_query_len) == (2, 25, 20)
     assert rest.block_table_tensor.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
     assert rest.slot_mapping.tolist() == list(range(2, 27))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_later_layers_of_pruned_prompts_keep_the_decode_rows(compressed: bool) -> None:
+    common = common_of([1, 1, 20, 5], [9, 50, 20, 64])
+    builder: Any = Builder()
+    builder.seat = Seat(compressed)
+    before = builder.build(0, common)
+    assert builder.seat.noted is common
+    if compressed:
+        rows = SimpleNamespace(lengths=common.seq_lens[:2])
+        before.decode = SimpleNamespace(rows=rows)
+    shorter = common_of([1, 1, 12, 5], [9, 50, 12, 64])
+    meta = builder.build_shorter(shorter, before)
+    first = 2 if compressed else 0
+    assert (meta.decode, meta.first_token) == (before.decode, first)
+    assert meta.num_actual_tokens == 19
+    assert meta.record == f"from row {first}"
+    starts = [0, 12, 17] if compressed else [0, 1, 2, 14, 19]
+    assert meta.stock.common.query_start_loc.tolist() == starts
 
 
 def test_prefill_alone_beside_nothing() -> None:
