@@ -146,6 +146,11 @@ METHODS: dict[str, Method] = {
             "the same before RoPE, handed on; needs no question",
             {"policy": "prerope_key_difference"},
         ),
+        Method(
+            "hybrid",
+            "half of the budget by the default's scores, half by key-difference-prerope's",
+            {"policy": "hybrid"},
+        ),
         _entropy(
             "entropy",
             "the default's scores, shares by renormalised truncated entropy of the prompt's keys",

@@ -60,6 +60,7 @@ def test_is_immutable() -> None:
         ({"keep": 0.5, "ratio": float("nan")}, "ratio=nan"),
         ({"keep": 0.5, "floor": 1.01}, r"floor=1.01: must be in \[0, 1\]"),
         ({"keep": 0.5, "floor": float("nan")}, "floor=nan"),
+        ({"keep": 0.5, "attention_share": 1}, r"attention_share=1.0: must be in \(0, 1\)"),
         ({"keep": 0.5, "reverse": 1}, "reverse=1: must be of type bool"),
         ({"keep": 0.5, "truncation": 0}, "truncation=0"),
         ({"keep": 0.5, "online_tokens": 63}, "online_tokens=63: must be at least 64"),

@@ -19,7 +19,8 @@ from uncomp.policies.adakv import _bisected, _ranked
 quick = settings(deadline=None, max_examples=60)
 
 ALL = [
-    "adakv", "entropy", "key_difference", "key_norm", "prerope_key_difference", "random",
+    "adakv", "entropy", "hybrid",
+    "key_difference", "key_norm", "prerope_key_difference", "random",
     "streaming", "uniform",
 ]  # fmt: skip
 QUERY_FREE = ["key_difference", "key_norm", "prerope_key_difference", "random", "streaming"]
@@ -84,6 +85,8 @@ class TestRegistry:
             ("entropy", {"ratio": 0.5}),
             ("entropy", {"ratio": float("nan")}),
             ("adakv", {"floor": 1.5}),
+            ("hybrid", {"attention_share": 0.0}),
+            ("hybrid", {"over": "mean"}),
             ("uniform", {"reduce": "mean"}),
         ],
         ids=str,
@@ -114,7 +117,7 @@ class TestRegistry:
     def test_flags(self, name):
         policy = policies.get(name)
         assert policy.needs_queries == (name not in QUERY_FREE)
-        assert policy.needs_rotary == (name == "prerope_key_difference")
+        assert policy.needs_rotary == (name in ("prerope_key_difference", "hybrid"))
         assert policy.pool_scores == (policy.needs_queries or policy.needs_rotary)
         assert policy.needs_entropy == (name == "entropy")
 
@@ -296,3 +299,28 @@ def test_ranked_is_a_place_in_the_sorted_row(rows):
         expected = ordered.gather(-1, rank.unsqueeze(-1) - 1).squeeze(-1)
         assert (_ranked(score, rank) == expected).all()
         assert (_bisected(score, rank) == expected).all()
+
+
+class TestHybrid:
+    def test_takes_from_both_lists_in_turn(self):
+        policy = policies.get("hybrid")
+        attention = torch.tensor([[9.0, 8.0, 7.0, 6.0, 0.0, 0.0, 0.0, 0.0]])
+        keys = torch.tensor([[0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 7.0, 8.0]])
+        score = policy.combine([attention, keys], torch.ones(1, 8, dtype=torch.bool))
+        # First of both lists: 0 and 1; second: 1 again and 7; third: 2 and 6.
+        assert score.argsort(descending=True, stable=True)[0, :5].tolist() == [0, 1, 7, 2, 6]
+
+    @pytest.mark.parametrize(("share", "first"), [(0.75, [0, 7, 1, 2, 3]), (0.25, [0, 7, 6, 5, 1])])
+    def test_shares(self, share, first):
+        policy = policies.get("hybrid", attention_share=share)
+        attention = torch.arange(8.0, 0, -1)[None]
+        score = policy.combine([attention, attention.flip(1)], torch.ones(1, 8, dtype=torch.bool))
+        assert score.argsort(descending=True, stable=True)[0, :5].tolist() == first
+
+    def test_only_eligible_entries_have_ranks_and_nan_is_last(self):
+        policy = policies.get("hybrid")
+        attention = torch.tensor([[9.0, float("nan"), 7.0, 6.0]])
+        keys = torch.tensor([[9.0, 1.0, 0.0, float("-inf")]])
+        among = torch.tensor([[False, True, True, True]])
+        score = policy.combine([attention, keys], among)[0]
+        assert score[[1, 2, 3]].tolist() == [0.0, 0.0, -2.0]

@@ -92,6 +92,13 @@ class UncompConfig:
             "0..1; 1 is equal shares"
         ),
     )
+    attention_share: float = field(
+        default=0.5,
+        metadata=_meta(
+            "hybrid policy: part of the budget for what the last queries attend to, in (0, 1); the "
+            "rest goes to keys unlike the others"
+        ),
+    )
     groups: int = field(
         default=8, metadata=_meta("entropy policy: head groups per layer (at most the KV heads)")
     )
@@ -201,6 +208,8 @@ class UncompConfig:
             raise ValueError(f"ratio={self.ratio}: must be at least 1 (use reverse to flip)")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor}: must be in [0, 1]")
+        if not 0 < self.attention_share < 1:
+            raise ValueError(f"attention_share={self.attention_share}: must be in (0, 1), e.g. 0.5")
         if not 0 <= self.min_keep <= 1:
             raise ValueError(f"min_keep={self.min_keep}: must be in [0, 1]")
         self._check_choice("reduce", self.reduce, REDUCTIONS)

@@ -22,6 +22,7 @@ SETTABLE = (
     "pooling_kind",
     "reduce",
     "floor",
+    "attention_share",
     "groups",
     "ratio",
     "reverse",

@@ -144,9 +144,11 @@ class Bench:
         view = self.view(order, layer, queries)
         heads = self.held[layer]
         width = view.keys.shape[1]
-        raw = self.policy.score(view).tolist()
+        scores = [part.score(view).tolist() for part in self.policy.parts()]
+        raw = scores[0]
         recent = order.num_tokens - self.config.window
-        pooled, eligible = torch.full((HEADS, width), -math.inf).double(), torch.zeros(HEADS, width)
+        parts = [torch.full((HEADS, width), -math.inf).double() for _ in scores]
+        eligible = torch.zeros(HEADS, width)
         forced: list[set[int]] = []
         for h, head in enumerate(heads):
             forced.append(set())
@@ -157,10 +159,12 @@ class Bench:
                 spans = any(a <= position < b for a, b in order.protect)
                 if inside and (position < self.config.sinks or position >= recent or spans):
                     forced[h].add(e)
-                if not self.policy.pool_scores:
-                    pooled[h, e] = raw[h][e]
-                elif e in poolable:
-                    pooled[h, e] = self.pooled(raw[h], e, poolable)
+                for pooled, own in zip(parts, scores, strict=True):
+                    if not self.policy.pool_scores:
+                        pooled[h, e] = own[h][e]
+                    elif e in poolable:
+                        pooled[h, e] = self.pooled(own[h], e, poolable)
+        pooled = parts[0] if len(parts) == 1 else self.in_turns(*parts, eligible)
         least = torch.tensor([-(-len(f) // SIZE) for f in forced])
         most = eligible.sum(1).long() // SIZE
         total = len(order.kept_blocks) * HEADS
@@ -173,6 +177,18 @@ class Bench:
             chosen = forced[h] | set(free[: int(deal[h]) * SIZE - len(forced[h])])
             kept.append([head[e] for e in sorted(chosen)])
         return kept
+
+    def in_turns(self, attention: Tensor, keys: Tensor, eligible: Tensor) -> Tensor:
+        """The hybrid policy's: the earlier an entry is in one of two lists, the better."""
+        result = torch.full_like(attention, -math.inf)
+        share = self.config.attention_share
+        for h in range(HEADS):
+            among = [e for e in range(eligible.shape[1]) if eligible[h, e]]
+            for scores, part in ((attention, share), (keys, 1 - share)):
+                ranked = sorted(among, key=lambda e, s=scores[h]: (-s[e].item(), e))
+                for rank, e in enumerate(ranked):
+                    result[h, e] = max(result[h, e].item(), -rank / part)
+        return result
 
     def pooled(self, raw: list[float], entry: int, poolable: list[int]) -> float:
         length = self.config.pooling

@@ -237,22 +237,25 @@ class Compactor:
 
     def _measure(
         self, order: Order, group: slice, held: _Held, queries: Tensor | None, memory: _Memory
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores [layers, heads, N] and, if the policy needs them, entropies [layers, heads]."""
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Scores [layers, heads, N] of the policy's parts and, if it needs them, entropies [layers,
+        heads]."""
         stride = self._stride(held)
         keys = memory.keys.flatten(1, 2)
         sampled = memory.sampled[: len(held.lengths)]
-        raw = []
+        parts = self.policy.parts()
+        raw: list[list[Tensor]] = [[] for _ in parts]
         for i, layer in enumerate(self.layers[group]):
             self.layout.keys(layer.cache, held.sub_blocks[i], memory.keys)
             if sampled.numel():
                 sampled[i] = keys[:, ::stride]
             if self.config.relocate:
-                raw.append(torch.zeros(held.positions[i].shape))
+                raw[0].append(torch.zeros(held.positions[i].shape))
                 continue
             own = queries[group][i] if queries is not None else None
             view = self._view(layer, order, held.lengths[i], held.positions[i], keys, own)
-            raw.append(self.policy.score(view))
+            for scores, part in zip(raw, parts, strict=True):
+                scores.append(part.score(view))
         entropy = self._known_entropy(order, group)
         if sampled.numel():
             counts = (held.lengths.flatten() + stride - 1) // stride
@@ -262,7 +265,7 @@ class Compactor:
             measure = cast(Measure, self.config.measure)
             values = truncated_entropy(eigenvalues, self.config.truncation, measure)
             entropy = values.view(held.lengths.shape)
-        return torch.stack(raw), entropy
+        return [torch.stack(scores) for scores in raw if scores], entropy
 
     def _known_entropy(self, order: Order, group: slice) -> Tensor | None:
         """[layers, heads] from a calibration file or the first compaction, or ``None``."""
@@ -301,7 +304,7 @@ class Compactor:
         )
 
     def _choose(
-        self, order: Order, held: _Held, raw: Tensor, entropy: Tensor | None
+        self, order: Order, held: _Held, parts: list[Tensor], entropy: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Sub-blocks per head [layers, heads] and chosen entries [layers, heads, K] (ascending,
         padded with -1)."""
@@ -313,13 +316,17 @@ class Compactor:
         for start, end in order.protect:
             forced |= eligible & (positions >= start) & (positions < end)
         maximum = eligible.sum(2) // self.block_size
-        pooled, counts = raw, maximum
+        raw, counts = parts[0], maximum
+        pooled = raw
         if not self.config.relocate:
             if self.policy.pool_scores:
                 limits = (valid & ~recent).sum(2).flatten()
                 kind = cast(Pooling, self.config.pooling_kind)
-                pooled = pool_scores(raw.flatten(0, 1), self.config.pooling, kind, limits)
-                pooled = pooled.view_as(raw)
+                parts = [
+                    pool_scores(one.flatten(0, 1), self.config.pooling, kind, limits).view_as(one)
+                    for one in parts
+                ]
+            pooled = self.policy.combine(parts, eligible)
             minimum = -(-forced.sum(2) // self.block_size)
             total = torch.full(minimum.shape[:1], len(order.kept_blocks) * self.heads)
             counts = self.policy.share(

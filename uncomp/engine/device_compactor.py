@@ -139,16 +139,18 @@ class DeviceCompactor:
         if jobs[0].queries is not None:
             _, window, query_heads, _ = jobs[0].queries.shape
         padded = 1 << (caches.head_size - 1).bit_length()
+        parts = len(self.policy.parts())
         sizes = (
-            4 * heads * entries,  # raw scores
-            4 * heads * entries,  # pooled scores
+            *[4 * heads * entries] * parts,  # raw scores
+            *[4 * heads * entries] * parts,  # pooled scores
             4 * heads * blocks * caches.block_size,  # chosen
             4 * workspace_size(1, requests, query_heads, window, entries),
             8 * heads * caches.head_size**2,  # Gram and covariance; the latter is scratch later
             4 * heads * (caches.head_size**2 + 10 * padded + 16),
             scratch_bytes(caches, requests, blocks),
-            # What dealing by score compares; beside the arena, but it must stay as small.
+            # What dealing by score and combining compare; beside the arena, but as small.
             24 * heads * entries * self.policy.deals_by_score,
+            32 * heads * entries * (parts - 1),
         )
         return sum(aligned(size) + 4096 for size in sizes)
 
@@ -182,23 +184,29 @@ class DeviceCompactor:
         )
         eligible, forced = limits(terms)
         maximum = eligible.long() // caches.block_size
-        raw = self._scores(facts, caches, holdings, start)
-        pooled = raw
-        if self.policy.pool_scores and not config.relocate:
-            pooled = self.arena.take(raw.shape)
-            pool(raw, terms, config.pooling, pooled, kind=cast(Pooling, config.pooling_kind))
+        parts = self.policy.parts()[: 1 if config.relocate else None]
+        scores = [self._scores(part, facts, caches, holdings, start) for part in parts]
+        raw = pooled = scores[0]
         if config.relocate:
             counts = maximum
         else:
+            if self.policy.pool_scores:
+                kind = cast(Pooling, config.pooling_kind)
+                outs = [self.arena.take(raw.shape) for _ in scores]
+                for one, out in zip(scores, outs, strict=True):
+                    pool(one, terms, config.pooling, out, kind=kind)
+                scores = outs
+            mask = None
+            if self.policy.deals_by_score or len(scores) > 1:
+                mask = torch.arange(raw.shape[-1], device=caches.device) < eligible.unsqueeze(-1)
+            pooled = scores[0] if mask is None else self.policy.combine(scores, mask)
             if self.policy.needs_entropy and entropy is None:
                 entropy = self._measure(facts, caches, holdings)
-            mask = None
-            if self.policy.deals_by_score:
-                mask = torch.arange(raw.shape[-1], device=caches.device) < eligible.unsqueeze(-1)
+            by_score = self.policy.deals_by_score
             counts = self.policy.share(
                 entropy,
-                pooled if mask is not None else None,
-                mask,
+                pooled if by_score else None,
+                mask if by_score else None,
                 (facts.kept.long() * caches.heads).expand(caches.layers, -1),
                 -(-forced.long() // caches.block_size),
                 maximum,
@@ -217,14 +225,16 @@ class DeviceCompactor:
         self.clock.add(mark, scored, self.clock.mark())
         return counts, offsets, entropy
 
-    def _scores(self, facts: Facts, caches: Caches, holdings: Holdings, start: int) -> Tensor:
+    def _scores(
+        self, policy: Policy, facts: Facts, caches: Caches, holdings: Holdings, start: int
+    ) -> Tensor:
         """[l, R, H, N] float32."""
         raw = self.arena.take(
             (caches.layers, facts.rows.lengths.shape[0], caches.heads, facts.entries)
         )
         if self.config.relocate:
             return raw.zero_()
-        if isinstance(self.policy, Uniform):
+        if isinstance(policy, Uniform):
             assert facts.queries is not None
             queries = facts.queries[start : start + caches.layers]
             sizes = (*queries.shape[:2], queries.shape[3], queries.shape[2], facts.entries)
@@ -235,16 +245,16 @@ class DeviceCompactor:
                 queries,
                 self.scales[start : start + caches.layers],
                 self.softcaps[start : start + caches.layers],
-                self.policy.reduce,
+                policy.reduce,
                 raw,
                 self.arena.take((workspace_size(*sizes),)),
-                over=self.policy.over,
+                over=policy.over,
             )
             return raw
         for layer in range(caches.layers):
             for row in range(raw.shape[1]):
                 view = self._view(facts, start + layer, row)
-                raw[layer, row, :, : view.keys.shape[1]] = self.policy.score(view)
+                raw[layer, row, :, : view.keys.shape[1]] = policy.score(view)
         return raw
 
     def _view(self, facts: Facts, layer: int, row: int) -> LayerView:

@@ -52,6 +52,7 @@ def make_policy(config: UncompConfig) -> policies.Policy:
         },
         "uniform": scores,
         "adakv": {"floor": config.floor, **scores},
+        "hybrid": {"attention_share": config.attention_share, **scores},
         "random": {"seed": config.seed},
     }
     return policies.get(name, **own.get(name, {}))

@@ -191,7 +191,8 @@ class CompactingWorker(_Worker):
             )
         # A request may bring such a policy, and an error then would end the engine for all.
         logger.warning(
-            "%s: requests with kv_policy=prerope_key_difference are scored like key_difference",
+            "%s: policies that take it back from the keys (prerope_key_difference, hybrid) score "
+            "requests like key_difference",
             where,
         )
         return found

@@ -1,6 +1,7 @@
 """What a policy sees and what it decides."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,6 +75,22 @@ class Policy(ABC):
             `[H, N]` float32 (float64 for float64 keys), higher means keep. Padding is never NaN but
             otherwise meaningless.
         """
+
+    def parts(self) -> tuple["Policy", ...]:
+        """Policies whose scores are pooled each for itself and then combined; this one alone."""
+        return (self,)
+
+    def combine(self, pooled: Sequence[Tensor], eligible: Tensor) -> Tensor:
+        """One score of the pooled scores of the parts; tensor operations only.
+
+        Args:
+            pooled: `[..., H, N]` each, in the order of `parts`.
+            eligible: `[..., H, N]` bool, entries the choice is made from.
+
+        Returns:
+            `[..., H, N]`, higher means keep; meaningless where not eligible.
+        """
+        return pooled[0]
 
     def deal(
         self,
