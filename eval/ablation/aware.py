@@ -202,6 +202,12 @@ def mixes(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iter
         yield f"{name}.pool7+15", choose.by_score(choose.spread(raw, 7, 15), budget, always)
 
 
+def alone(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
+    """The engine's default and nothing else: for many samples, see `per_prompt`."""
+    scores = both(windows(reading, replay)[32, "max", "sum"], 8, 16)
+    yield "uncomp", choose.by_score(scores, budget, always)
+
+
 def final(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
     """The engine's default, its parts taken away one by one, controls and baselines."""
     w = windows(reading, replay)

@@ -17,6 +17,7 @@ SETS: dict[str, Make] = {
     made.__name__: made
     for made in (
         aware.final,
+        aware.alone,
         aware.screen,
         aware.pooling,
         aware.dealing,
