@@ -66,18 +66,19 @@ def bench(setting: Setting, say: Callable[[str], None]) -> list[Row]:
         first = _seconds(stock, "stock", length, setting)
         rows.append(_row(f"{what}, stock vLLM", "time to first token", "s", first))
         whole = _seconds(pruned, "whole", length, setting)
-        for name in cases:
+        for name, keep in cases.items():
+            case = f"{what}, {name}" + ("" if keep == 1 else f", stages at {setting.stages}")
             seconds = _seconds(pruned, name, length, setting)
-            rows.append(_row(f"{what}, {name}", "time to first token", "s", seconds))
+            rows.append(_row(case, "time to first token", "s", seconds))
             share = _read(pruned, name, length, setting)
-            rows.append(_row(f"{what}, {name}", "tokens times layers read", "%", [100 * share]))
+            rows.append(_row(case, "tokens times layers read", "%", [100 * share]))
             bar = setting.bar if name == "keep 0.375" else None
             for other, base in (("stock vLLM", first), ("whole", whole)):
                 if name == other:
                     continue
                 ratio = [statistics.median(base) / one for one in seconds]
                 least = bar if other == "stock vLLM" else None
-                rows.append(_row(f"{what}, {name}", f"speed-up over {other}", "x", ratio, least))
+                rows.append(_row(case, f"speed-up over {other}", "x", ratio, least))
     return rows
 
 
