@@ -148,9 +148,11 @@ class Pruner:
             common: vLLM's common attention metadata.
             row_of: rows of the requests.
         """
-        self._common, self._starts = common, common.query_start_loc_cpu.tolist()
+        self._common = common
+        self._starts = self._ends = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         self._device = common.query_start_loc.device
-        self._index = torch.arange(common.num_actual_tokens, device=self._device)
+        # Not `num_actual_tokens`, which vLLM may pad.
+        self._index = torch.arange(self._starts[-1], device=self._device)
         for prompt in self._prompts:
             prompt.row = row_of[prompt.order.request_id]
             prompt.at = torch.arange(prompt.order.num_tokens, device=self._device)
@@ -211,14 +213,13 @@ class Pruner:
             self._leave(prompt, first)
             chosen[prompt.row] = self._choose(prompt, stage, first - 1)
             prompt.at = prompt.at[chosen[prompt.row]]
-        ends = self._common.query_start_loc_cpu.tolist()
         take, slots, starts = [], [], [0]
         for row, (begin, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
             rows = chosen.get(row)
             if rows is None:
                 rows = torch.arange(end - begin, device=self._device)
             take.append(begin + rows)
-            last = ends[row + 1]
+            last = self._ends[row + 1]
             slots.append(torch.arange(last - len(rows), last, device=self._device))
             starts.append(starts[-1] + len(rows))
         taken = torch.cat(take)
