@@ -73,6 +73,7 @@ def test_is_immutable() -> None:
         ({"keep": 0.5, "overrides": "maybe"}, "overrides='maybe'"),
         ({"keep": 0.5, "policy": "entropi"}, "policy='entropi': must be one of .*uncomp-v1"),
         ({"keep": 0.5, "policy": None}, "policy=None"),
+        ({"keep": 0.5, "early_policy": "later"}, "early_policy='later': must be one of"),
         (
             {"keep": 0.5, "policy": "entropy", "source": "queries"},
             "needs a calibration file: run `uncomp calibrate",

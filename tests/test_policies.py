@@ -303,7 +303,7 @@ def test_ranked_is_a_place_in_the_sorted_row(rows):
 
 class TestHybrid:
     def test_takes_from_both_lists_in_turn(self):
-        policy = policies.get("hybrid")
+        policy = policies.get("hybrid", attention_share=0.5)
         attention = torch.tensor([[9.0, 8.0, 7.0, 6.0, 0.0, 0.0, 0.0, 0.0]])
         keys = torch.tensor([[0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 7.0, 8.0]])
         score = policy.combine([attention, keys], torch.ones(1, 8, dtype=torch.bool))
@@ -318,7 +318,7 @@ class TestHybrid:
         assert score.argsort(descending=True, stable=True)[0, :5].tolist() == first
 
     def test_only_eligible_entries_have_ranks_and_nan_is_last(self):
-        policy = policies.get("hybrid")
+        policy = policies.get("hybrid", attention_share=0.5)
         attention = torch.tensor([[9.0, float("nan"), 7.0, 6.0]])
         keys = torch.tensor([[9.0, 1.0, 0.0, float("-inf")]])
         among = torch.tensor([[False, True, True, True]])

@@ -96,3 +96,28 @@ def test_least_budget_follows_the_requests_own_window() -> None:
 def test_everything_settable_is_a_setting() -> None:
     for name in set(SETTABLE) - {"calibration", "source", "window", "truncation"}:
         assert own_config(None, {name: getattr(SERVER, name)}, SERVER) == SERVER
+
+
+def test_compressed_before_the_question_is_scored_by_another_policy() -> None:
+    server = UncompConfig(keep=0.25)
+    assert own(server) is None
+    early = own(server, kv_compact_at=500)
+    assert early == UncompConfig(keep=0.25, policy="hybrid")
+    settings = own(server, kv_compact_at=500, kv_settings={"pooling": 8})
+    assert settings == UncompConfig(keep=0.25, policy="hybrid", pooling=8)
+    assert own(server, kv_compact_at=500, kv_policy="adakv") is None
+    assert own(server, kv_compact_at=500, kv_compress=False) is None
+    assert own(UncompConfig(keep=0.25, overrides="tighten"), kv_compact_at=500) is not None
+
+
+@pytest.mark.parametrize("policy", ["uniform", "streaming", "entropy"])
+def test_a_server_with_another_policy_uses_it_before_the_question_too(policy: str) -> None:
+    assert own(UncompConfig(keep=0.25, policy=policy), kv_compact_at=500) is None
+
+
+def test_the_operator_names_the_policy_before_the_question() -> None:
+    server = UncompConfig(keep=0.25, early_policy="prerope_key_difference")
+    found = own(server, kv_compact_at=500)
+    assert found is not None
+    assert found.policy == "prerope_key_difference"
+    assert own(UncompConfig(keep=0.25, early_policy="adakv"), kv_compact_at=500) is None

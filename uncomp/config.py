@@ -64,6 +64,14 @@ class UncompConfig:
         default="adakv",
         metadata=_meta("what decides scores and shares (uncomp.policies), or a preset"),
     )
+    early_policy: str | None = field(
+        default=None,
+        metadata=_meta(
+            "policy of requests that are compressed in the middle of their prompt (kv_compact_at), "
+            "where what they will be asked is not known yet; default: hybrid if the policy is "
+            "adakv, else the policy"
+        ),
+    )
     window: int = field(
         default=32, metadata=_meta("last queries that score the tokens; their own tokens stay")
     )
@@ -93,7 +101,7 @@ class UncompConfig:
         ),
     )
     attention_share: float = field(
-        default=0.5,
+        default=0.25,
         metadata=_meta(
             "hybrid policy: part of the budget for what the last queries attend to, in (0, 1); the "
             "rest goes to keys unlike the others"
@@ -209,7 +217,9 @@ class UncompConfig:
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor}: must be in [0, 1]")
         if not 0 < self.attention_share < 1:
-            raise ValueError(f"attention_share={self.attention_share}: must be in (0, 1), e.g. 0.5")
+            raise ValueError(
+                f"attention_share={self.attention_share}: must be in (0, 1), e.g. 0.25"
+            )
         if not 0 <= self.min_keep <= 1:
             raise ValueError(f"min_keep={self.min_keep}: must be in [0, 1]")
         self._check_choice("reduce", self.reduce, REDUCTIONS)
@@ -219,6 +229,8 @@ class UncompConfig:
         self._check_choice("source", self.source, SOURCES)
         self._check_choice("overrides", self.overrides, OVERRIDES)
         self._check_choice("policy", self.policy, (*_policy_names(), *PRESETS))
+        if self.early_policy is not None:
+            self._check_choice("early_policy", self.early_policy, (*_policy_names(), *PRESETS))
         if self.source == "queries" and self.calibration is None and self.uses_entropy:
             raise ValueError(
                 f"policy={self.policy!r} with source='queries' needs a calibration file: run "
@@ -243,6 +255,11 @@ class UncompConfig:
     def policy_name(self) -> str:
         """The policy behind a preset (``uncomp-v1`` is the entropy policy)."""
         return "entropy" if self.policy in PRESETS else self.policy
+
+    @property
+    def policy_before_question(self) -> str:
+        """The policy of requests that are compressed in the middle of their prompt."""
+        return self.early_policy or ("hybrid" if self.policy == "adakv" else self.policy)
 
     @property
     def uses_entropy(self) -> bool:

@@ -89,8 +89,8 @@ def request_settings(
         raise RequestError(
             f"{sorted(given)}: this server does not allow per-request compression settings"
         )
-    own = _own(given, config)
     compress = _switch("kv_compress", given["kv_compress"]) if "kv_compress" in given else True
+    own = _own(given, config, compress and given.get("kv_compact_at") is not None)
     keep, budget = config.keep, config.budget
     if "kv_keep" in given and "kv_budget" in given:
         raise RequestError("give kv_keep or kv_budget, not both")
@@ -131,14 +131,18 @@ def _prefill_keep(given: Mapping[str, Any], config: UncompConfig) -> float:
     return asked
 
 
-def _own(given: Mapping[str, Any], config: UncompConfig) -> UncompConfig | None:
+def _own(given: Mapping[str, Any], config: UncompConfig, is_early: bool) -> UncompConfig | None:
+    """Settings of the request's own policy; `is_early`: compressed in the middle of the prompt."""
     asked = [name for name in ("kv_policy", "kv_settings") if given.get(name) is not None]
-    if not asked:
-        return None
-    if config.overrides == "tighten":
+    if asked and config.overrides == "tighten":
         raise RequestError(f"{asked}: on this server a request may only ask to keep more")
+    policy = given.get("kv_policy")
+    if policy is None and is_early:
+        policy = config.policy_before_question
+    elif not asked:
+        return None
     try:
-        own = own_config(given.get("kv_policy"), given.get("kv_settings"), config)
+        own = own_config(policy, given.get("kv_settings"), config)
     except ValueError as error:
         raise RequestError(str(error)) from error
     return None if own == dataclasses.replace(config, prefill_keep=None) else own

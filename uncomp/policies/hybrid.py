@@ -1,4 +1,4 @@
-"""Half by the attention of the last queries, half by keys: for questions seen and yet to come."""
+"""Part by the attention of the last queries, part by keys: for questions seen and yet to come."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Hybrid(Policy):
 
     reduce: Reduce = "sum"
     over: Over = "max"
-    attention_share: float = 0.5
+    attention_share: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 < self.attention_share < 1:
