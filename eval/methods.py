@@ -119,6 +119,11 @@ METHODS: dict[str, Method] = {
         Method("uncomp", "the default of this project", {"policy": UncompConfig(keep=1.0).policy}),
         Method("uniform", "the default's scores, equal budgets", {"policy": "uniform"}),
         Method(
+            "by-score",
+            "the default's scores, shares always by score",
+            {"policy": "adakv", "equal_from": 0},
+        ),
+        Method(
             "snapkv",
             "attention of the last queries, equal budgets (SnapKV, Li et al. 2024), with a wider "
             "pooling of 15",
@@ -133,7 +138,7 @@ METHODS: dict[str, Method] = {
             "adakv",
             "SnapKV's scores as above, shares dealt by score within a layer (Ada-KV, Feng et al. "
             "2024)",
-            {"policy": "adakv", **_SNAPKV},
+            {"policy": "adakv", "equal_from": 0, **_SNAPKV},
         ),
         Method("key-norm", "smallest keys (Devoto et al. 2024)", {"policy": "key_norm"}),
         Method(

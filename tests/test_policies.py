@@ -85,6 +85,7 @@ class TestRegistry:
             ("entropy", {"ratio": 0.5}),
             ("entropy", {"ratio": float("nan")}),
             ("adakv", {"floor": 1.5}),
+            ("adakv", {"equal_from": -1}),
             ("hybrid", {"attention_share": 0.0}),
             ("hybrid", {"over": "mean"}),
             ("uniform", {"reduce": "mean"}),
@@ -255,6 +256,22 @@ class TestDealing:
         pooled = torch.stack([torch.full((100,), 2.0), torch.ones(100)])
         assert deal(policies.get("adakv", floor=0.0), view, 20, pooled=pooled) == [20, 0]
         assert deal(policies.get("adakv"), view, 20, pooled=pooled) == [18, 2]
+
+    def test_adakv_shares_equally_where_there_is_enough(self):
+        view = make_view(2, 100, 16, [100, 100])
+        pooled = torch.stack([torch.full((100,), 2.0), torch.ones(100)])
+        policy = policies.get("adakv", equal_from=40)  # 10 blocks of 4
+        assert deal(policy, view, 19, pooled=pooled) == [18, 1]
+        assert deal(policy, view, 20, pooled=pooled) == [10, 10]
+        assert deal(policy, view, 24, minimum=12, pooled=pooled) == [12, 12]
+
+    def test_adakv_shares_layer_by_layer(self):
+        pooled = torch.tensor([[[2.0] * 40, [1.0] * 40]] * 2)
+        policy = policies.get("adakv", floor=0.0, equal_from=16)
+        low, high = torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 10)
+        eligible = torch.ones(2, 2, 40, dtype=torch.bool)
+        shares = policy.share(None, pooled, eligible, torch.tensor([7, 8]), low, high, 4)
+        assert shares.tolist() == [[7, 0], [4, 4]]
 
     def test_adakv_never_counts_ineligible_entries(self):
         view = make_view()

@@ -100,6 +100,13 @@ class UncompConfig:
             "0..1; 1 is equal shares"
         ),
     )
+    equal_from: int = field(
+        default=192,
+        metadata=_meta(
+            "adakv policy: heads share equally where each would have at least so many tokens, and "
+            "by score below; 0: always by score"
+        ),
+    )
     attention_share: float = field(
         default=0.25,
         metadata=_meta(
@@ -201,6 +208,7 @@ class UncompConfig:
         self._check_range("window", self.window, 1, 256)
         self._check_range("sinks", self.sinks, 0)
         self._check_range("pooling", self.pooling, 1, 1024)
+        self._check_range("equal_from", self.equal_from, 0)
         self._check_range("groups", self.groups, 1)
         self._check_range("truncation", self.truncation, 1)
         self._check_range("online_tokens", self.online_tokens, 64)

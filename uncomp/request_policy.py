@@ -22,6 +22,7 @@ SETTABLE = (
     "pooling_kind",
     "reduce",
     "floor",
+    "equal_from",
     "attention_share",
     "groups",
     "ratio",

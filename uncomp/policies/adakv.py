@@ -19,17 +19,22 @@ class AdaKV(Uniform):
 
     Attributes:
         floor: share of the uniform budget that every head keeps, 0..1 (0.2 in the paper).
+        equal_from: heads share equally where each would have at least so many tokens; 0: nowhere,
+            as in the paper. What one head can spare another can use only where tokens are short.
     """
 
     name: ClassVar[str] = "adakv"
     deals_by_score: ClassVar[bool] = True
 
     floor: float = 0.2
+    equal_from: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be in 0..1, got {self.floor}")
+        if self.equal_from < 0:
+            raise ValueError(f"equal_from must be at least 0, got {self.equal_from}")
 
     def share(
         self,
@@ -44,7 +49,13 @@ class AdaKV(Uniform):
         """Shares by the count of best entries, in whole sub-blocks; see `Policy.share`."""
         assert pooled is not None
         assert eligible is not None
-        counts = best_per_head(pooled, eligible, total * block_size)
+        is_enough = total * block_size >= self.equal_from * minimum.shape[-1]
+        is_enough = is_enough & (self.equal_from > 0)
+        if is_enough.is_cpu and bool(is_enough.all()):  # elsewhere this would wait for the device
+            counts = torch.ones_like(minimum)
+        else:
+            counts = best_per_head(pooled, eligible, total * block_size)
+            counts = torch.where(is_enough.unsqueeze(-1), 1, counts)
         # The floor gives way where the bounds leave no room for it.
         equal = (self.floor * total / minimum.shape[-1]).to(torch.int64)
         floor = torch.maximum(minimum, equal.unsqueeze(-1)).minimum(maximum)
