@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from uncomp.config import PREFILL_SCORES, PRESETS, UncompConfig
@@ -214,17 +214,24 @@ IMPOSSIBLE = {
 
 
 def find(
-    names: Iterable[str], extra: Mapping[str, Mapping[str, Any]] | None = None
+    names: Iterable[str],
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+    query_agnostic: bool = False,
 ) -> list[Method]:
     """Methods by name, the full cache first (it is always run: everything is compared with it).
 
     Args:
         extra: further methods of the user's, name to settings.
+        query_agnostic: prompts are compressed before their question, for which the default has
+            another policy.
 
     Raises:
         ValueError: unknown or impossible; says what there is.
     """
     known = dict(METHODS)
+    if query_agnostic:
+        policy = UncompConfig(keep=1.0).policy_before_question
+        known["uncomp"] = replace(known["uncomp"], settings={"policy": policy})
     for name, settings in (extra or {}).items():
         if name in known:
             raise ValueError(f"method {name!r} is built in: give yours another name")

@@ -90,7 +90,7 @@ def check(plan: Plan) -> list[Method]:
     """
     try:
         registry.find(plan.tasks)
-        chosen = catalogue.find(plan.methods, plan.custom)
+        chosen = catalogue.find(plan.methods, plan.custom, plan.query_agnostic)
     except ValueError as error:
         raise PlanError(str(error)) from error
     missing = [m.name for m in chosen if m.calibrated]

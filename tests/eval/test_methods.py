@@ -53,6 +53,15 @@ def test_everything_is_compared_with_the_full_cache() -> None:
     ]
 
 
+def test_the_default_before_the_question_is_that_of_the_server() -> None:
+    [_, aware] = find(["uncomp"])
+    [_, early] = find(["uncomp"], query_agnostic=True)
+    assert aware.settings["policy"] == UncompConfig(keep=0.25).policy
+    own = request_settings({"kv_compact_at": 500}, UncompConfig(keep=0.25), 1000).own
+    assert own is not None
+    assert early.settings["policy"] == own.policy != aware.settings["policy"]
+
+
 def test_own_methods() -> None:
     found = find(["wide"], {"wide": {"policy": "entropy", "window": 48}})
     assert json.loads(found[1].request(0.5)["kv_settings"])["window"] == 48
