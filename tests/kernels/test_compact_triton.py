@@ -82,11 +82,7 @@ def test_by_hand():
 CASES = {
     "first": dict(lengths=[70, 33, 64], compacted=[None, None, None], blocks=[2, 1, 3]),
     "second": dict(lengths=[90, 64, 81], compacted=[(2, 3), (1, 4), (3, 3)], blocks=[2, 1, 3]),
-    "pruned": dict(
-        lengths=[90, 64, 81],
-        compacted=[Pruned(5, (0, 2)), (1, 4), Pruned(3, (1, 1))],
-        blocks=[3, 1, 2],
-    ),
+    "pruned": dict(lengths=[90, 64], compacted=[Pruned(5, (0, 2)), (1, 4)], blocks=[3, 1]),
     "mixed": dict(lengths=[85, 40, 7], compacted=[(2, 4), None, None], blocks=[3, 2, 0]),
 }
 TARGETS = ["own", "reversed", "fresh"]

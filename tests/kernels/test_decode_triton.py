@@ -16,7 +16,7 @@ from uncomp.kernels.variant import Config
 
 FP8 = torch.float8_e4m3fn
 MIXED = [70, 1, 33, 64, 16, 17]  # tokens; block size 16
-COMPACTED = [(2, 3), None, (1, 2), None, None, (0, 1)]
+COMPACTED = [(2, 3), None, (1, 2), Pruned(3, (0, 1, 2)), None, (0, 1)]
 
 
 def space(case: Case, group: int, *, programs: int = 5, tokens: int = 1, **more) -> DecodeWorkspace:
@@ -100,11 +100,6 @@ def check(
 def test_mixed_rows(heads, layout):
     case = make_case(MIXED, COMPACTED, heads=heads, layout=layout, layers=3)
     check(case, 3, [1] * 6, layers=(0, 2) if heads < 8 else (2,))
-
-
-def test_pruned_prompts():
-    case = make_case([70, 33, 64], [Pruned(4, (0, 3)), (1, 2), Pruned(4, (1, 2))], heads=2)
-    check(case, 3, [1] * 3, layers=(0, 1))
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
