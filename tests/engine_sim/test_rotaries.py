@@ -69,7 +69,7 @@ def test_others_start_and_say_what_requests_get(monkeypatch: pytest.MonkeyPatch)
     said: list[str] = []
     monkeypatch.setattr(worker_base.logger, "warning", lambda text, *args: said.append(text % args))
     assert worker(False, True, Rope(TABLE), None)._rotaries()[1] is None
-    assert "prerope_key_difference are scored like key_difference" in said[0]
+    assert "(prerope_key_difference, hybrid) score requests like key_difference" in said[0]
     # Found everywhere, or nothing to find: nothing to say.
     assert all(worker(True, True, Rope(TABLE))._rotaries())
     assert worker(True, False, None)._rotaries() == [None]
