@@ -244,6 +244,7 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "key_norm": _unequal_positions,
     "key_difference": _unequal_positions,
     "prerope_key_difference": _unequal_positions,
+    "hybrid": _unequal_positions,
     "entropy": lambda record: not _equal_shares(record),
     "adakv": lambda record: not _equal_shares(record),
 }
