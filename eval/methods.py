@@ -34,7 +34,8 @@ class Method:
         settings: of :class:`uncomp.config.UncompConfig`, beside the keep ratio; empty for the full
             cache. ``kvpress`` alone describes a press of that library instead.
         full: nothing is dropped.
-        calibrated: needs a calibration file (entropies of queries, or stages of layers).
+        calibrated: needs a calibration file (entropies of queries, stages of layers, or what heads
+            need).
         engine: arguments of the engine it needs, if not those of the run.
         library: "vllm", or "kvpress" with Hugging Face transformers.
     """
@@ -55,7 +56,11 @@ class Method:
             return {"kv_keep": keep, _PRESS: json.dumps(self.settings[_PRESS], sort_keys=True)}
         # Said even where it is the default: the engine's own may be those of another method.
         own = PRESETS.get(self.settings.get("policy", ""), {})
-        rest: dict[str, Any] = {"window": own.get("window", UncompConfig(keep=1.0).window)}
+        default = UncompConfig(keep=1.0)
+        rest: dict[str, Any] = {
+            "window": own.get("window", default.window),
+            "shares": default.shares,
+        }
         if not self.calibrated:
             rest["calibration"] = None
         rest |= {k: v for k, v in self.settings.items() if k not in _OF_THE_ENGINE}
@@ -153,8 +158,21 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "hybrid",
-            "half of the budget by the default's scores, half by key-difference-prerope's",
+            "a quarter of the budget by the default's scores, the rest by key-difference-prerope's",
             {"policy": "hybrid"},
+        ),
+        Method(
+            "calibrated",
+            "the default's scores, one budget for the heads of all layers by what the calibration "
+            "file says each one needs",
+            {"policy": UncompConfig(keep=1.0).policy, "shares": "calibrated"},
+            calibrated=True,
+        ),
+        Method(
+            "hybrid-calibrated",
+            "hybrid's scores, the same shares",
+            {"policy": "hybrid", "shares": "calibrated"},
+            calibrated=True,
         ),
         _entropy(
             "entropy",
@@ -241,7 +259,7 @@ def find(
             name,
             "given by the user",
             dict(settings),
-            calibrated="prefill_keep" in settings,
+            calibrated="prefill_keep" in settings or settings.get("shares") == "calibrated",
             library="kvpress" if _PRESS in settings else "vllm",
         )
     chosen: dict[str, Method] = {"full": known["full"]}
@@ -282,6 +300,8 @@ def server_settings(methods: Sequence[Method], calibration: str | None = None) -
     settings: dict[str, Any] = {"keep": 1.0, "policy": "entropy", "window": window}
     if any("prefill_keep" in method.settings for method in methods):
         settings["prefill_keep"] = 1.0
+    if any(method.settings.get("shares") == "calibrated" for method in methods):
+        settings["shares"] = "calibrated"
     stages = {m.settings["prefill_stages"] for m in methods if "prefill_stages" in m.settings}
     if len(stages) > 1:
         raise ValueError(f"one engine has one set of prefill_stages, the methods have {stages}")

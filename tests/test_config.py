@@ -55,6 +55,8 @@ def test_is_immutable() -> None:
         ({"keep": 0.5, "pooling": 4, "pooling_kind": "max"}, "pooling=4: must be odd"),
         ({"keep": 0.5, "pooling_kind": "mean"}, r"pooling_kind='mean': must be one of"),
         ({"keep": 0.5, "window_reduce": "mean"}, r"window_reduce='mean': must be one of"),
+        ({"keep": 0.5, "shares": "all"}, r"shares='all': must be one of"),
+        ({"keep": 0.5, "shares": "calibrated"}, "needs a calibration file: run `uncomp calibrate"),
         ({"keep": 0.5, "groups": 0}, "groups=0"),
         ({"keep": 0.5, "ratio": 0.5}, "ratio=0.5: must be at least 1 .use reverse to flip"),
         ({"keep": 0.5, "ratio": float("nan")}, "ratio=nan"),

@@ -70,6 +70,21 @@ def test_refused(given: dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
+def test_layers_share_for_a_request_only_where_the_server_has_read_the_file(tmp_path: Any) -> None:
+    file = {"keep": 0.25, "calibration": str(tmp_path / "any.json")}
+    sharing = UncompConfig(**file, shares="calibrated")
+    with pytest.raises(RequestError, match="start it with --kv-shares calibrated"):
+        own(UncompConfig(**file), kv_settings={"shares": "calibrated"})
+    for given, shares in (
+        ({"kv_settings": {"pooling": 7}}, "calibrated"),
+        ({"kv_settings": {"shares": "policy"}}, "policy"),
+        ({"kv_policy": "uncomp-v1"}, "policy"),  # as published
+    ):
+        found = own(sharing, **given)
+        assert found is not None
+        assert found.shares == shares
+
+
 def test_server_without_queries_cannot_score_with_them() -> None:
     server = UncompConfig(keep=0.25, policy="streaming")
     with pytest.raises(RequestError, match="start it with one that does"):

@@ -16,6 +16,7 @@ SOURCES = ("keys", "queries")
 REDUCTIONS = ("sum", "max")
 POOLINGS = ("max", "ema")
 PREFILL_SCORES = ("handed-on", "attention")
+SHARES = ("policy", "calibrated")
 OVERRIDES = ("allow", "tighten", "forbid")
 
 #: Published settings (method: UNComp). ``from_mapping`` fills them in where nothing is given.
@@ -29,6 +30,7 @@ _PUBLISHED = {
     "sinks": 0,
     "measure": "raw",
     "source": "queries",
+    "shares": "policy",
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # two groups with budgets 512 and 256
@@ -93,11 +95,18 @@ class UncompConfig:
     reduce: str = field(
         default="sum", metadata=_meta("how scores of query heads that share a KV head combine")
     )
+    shares: str = field(
+        default="policy",
+        metadata=_meta(
+            "policy: the policy deals every layer's part to its heads; calibrated: the heads of "
+            "all layers share the budget by how much the calibration file says each one needs"
+        ),
+    )
     floor: float = field(
         default=0.2,
         metadata=_meta(
-            "adakv policy: share of an equal budget that every head keeps whatever its scores, "
-            "0..1; 1 is equal shares"
+            "adakv policy and calibrated shares: share of an equal budget that every head keeps "
+            "in any case, 0..1; 1 is equal shares"
         ),
     )
     equal_from: int = field(
@@ -239,6 +248,12 @@ class UncompConfig:
         self._check_choice("policy", self.policy, (*_policy_names(), *PRESETS))
         if self.early_policy is not None:
             self._check_choice("early_policy", self.early_policy, (*_policy_names(), *PRESETS))
+        self._check_choice("shares", self.shares, SHARES)
+        if self.shares == "calibrated" and self.calibration is None:
+            raise ValueError(
+                "shares='calibrated' needs a calibration file: run `uncomp calibrate MODEL -o "
+                "FILE` and set calibration=FILE"
+            )
         if self.source == "queries" and self.calibration is None and self.uses_entropy:
             raise ValueError(
                 f"policy={self.policy!r} with source='queries' needs a calibration file: run "

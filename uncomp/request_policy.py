@@ -21,6 +21,7 @@ SETTABLE = (
     "pooling",
     "pooling_kind",
     "reduce",
+    "shares",
     "floor",
     "equal_from",
     "attention_share",
@@ -54,7 +55,8 @@ def own_config(policy: Any, settings: Any, server: UncompConfig) -> UncompConfig
 
     Raises:
         ValueError: unknown name, bad value, or one that this server cannot serve: it remembers the
-            last ``server.window`` queries, and none if its own policy needs none.
+            last ``server.window`` queries, and none if its own policy needs none; and it knows what
+            heads need only if its own ``shares`` say so.
     """
     given = _mapping(settings)
     unknown = sorted(set(given) - set(SETTABLE))
@@ -71,6 +73,11 @@ def own_config(policy: Any, settings: Any, server: UncompConfig) -> UncompConfig
     config = dataclasses.replace(server, policy=policy or server.policy, **given)
     if needs_queries(config):
         _check_queries(config, server)
+    if config.shares == "calibrated" != server.shares:
+        raise ValueError(
+            "kv_settings: shares='calibrated': this server has not read how much its heads need; "
+            "start it with --kv-shares calibrated and --kv-calibration FILE"
+        )
     return config
 
 

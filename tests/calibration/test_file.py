@@ -32,6 +32,9 @@ def hf_config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**values, **changes})
 
 
+ZEROS = [[0.0] * KV_HEADS for _ in range(LAYERS)]
+
+
 def example() -> Calibration:
     identity = model_identity(hf_config())
     table = [[round(0.1 * (layer + head) + 0.05, 6) for head in range(KV_HEADS)]
@@ -42,6 +45,7 @@ def example() -> Calibration:
         samples=2, tokens_per_sample=64, seed=0, text=[{"name": "a [ 1, 2 ].txt", "sha256": "0"}],
         versions={"torch": "2"}, created="2025-11-20T00:00:00+00:00",
         entropy={s: {m: {t: table for t in STATISTICS} for m in MEASURES} for s in SOURCES},
+        importance={"keeps": [0.25, 0.5], "shares": [table, table], "samples": 2, "tokens": 64},
     )  # fmt: skip
 
 
@@ -60,6 +64,20 @@ def edit(path: Path, change: Any) -> None:
 
 def test_round_trip(saved: Path) -> None:
     assert load(saved) == example()
+
+
+def test_files_without_importance_are_read_and_say_so(saved: Path) -> None:
+    edit(saved, lambda c: c.pop("importance"))
+    calibration = load(saved)
+    with pytest.raises(CalibrationError, match=r"no importance of heads.*calibrate again"):
+        calibration.head_importance()
+
+
+def test_importance_is_read_back(saved: Path) -> None:
+    importance = load(saved).head_importance()
+    assert importance.keeps == (0.25, 0.5)
+    assert importance.shares.shape == (2, LAYERS, KV_HEADS)
+    assert importance.shares[1].tolist() == example().importance["shares"][1]
 
 
 def test_one_row_per_line_and_no_leftovers(saved: Path) -> None:
@@ -123,6 +141,13 @@ def mean_of(content: dict[str, Any]) -> list[Any]:
     ("change", "message"),
     [
         (lambda c: c.update(format_version=2), "version 2, this uncomp reads 1"),
+        (lambda c: c["importance"].pop("keeps"), "importance must be an object with.*'keeps'"),
+        (lambda c: c["importance"].update(keeps=[0.5, 0.25]), "importance.keeps.*ascending"),
+        (lambda c: c["importance"].update(keeps=[0.5, 1.0]), "importance.keeps.*ascending"),
+        (lambda c: c["importance"]["shares"].pop(), "importance.shares must hold 2 tables"),
+        (lambda c: c["importance"]["shares"][1].pop(), r"importance.shares\[1\] has rows"),
+        (lambda c: c["importance"]["shares"][0][0].__setitem__(0, 1.5), "outside"),
+        (lambda c: c["importance"]["shares"].__setitem__(0, ZEROS), "all zero"),
         (lambda c: c.pop("samples"), r"missing fields \['samples'\]"),
         (lambda c: c.update(extra=1), r"unknown fields \['extra'\]"),
         (lambda c: mean_of(c)[1].__setitem__(0, float("nan")), "contains NaN"),
@@ -143,7 +168,9 @@ def mean_of(content: dict[str, Any]) -> list[Any]:
         (lambda c: c["identity"].update(vocab_size=7), "config_hash does not belong"),
     ],
     ids=[
-        "version", "missing field", "unknown field", "nan", "infinity", "string", "bool",
+        "version", "importance: no ratios", "importance: order", "importance: all",
+        "importance: few tables", "importance: few layers", "importance: range",
+        "importance: zero", "missing field", "unknown field", "nan", "infinity", "string", "bool",
         "above range", "below range", "short row", "few layers", "row is a number",
         "table is a number", "no queries", "layer count", "no samples", "unit norm", "truncation",
         "edited identity",

@@ -1,8 +1,9 @@
 """The four-way check: the same traffic through four engines and a reference.
 
 (a) unmodified vLLM; (b) the plugin with a budget larger than every prompt; (c) the plugin moving
-every token to another head's place and dropping none; (d) the plugin dropping tokens, against a
-Hugging Face model that keeps everything and masks exactly what (d) dropped.
+every token to another layer's and head's place and dropping none; (d) the plugin dropping tokens,
+against a Hugging Face model that keeps everything and masks exactly what (d) dropped: once with
+shares within each layer, once with a budget that the heads of all layers share.
 
 Run in float32, where rounding is 1e-5 and a wrong token shows, and in bfloat16, which is served.
 """
@@ -21,9 +22,12 @@ from harness import Answer, Engine, running
 from reference import Reference, epochs
 from torch import Tensor
 from traffic import Scenario, scenarios
+from unequal import unequal_calibration
 
 SHORTER_HIT = "same prefix, off"
 NAMES = ("batch", "single", "crowded", "aborts", "middle")
+#: scenarios of the engine whose layers share
+SHARING = ("batch", "crowded", "middle")
 # A prefix hit leaves the window to be computed. With the default of 32, a block more than in the
 # unmodified engine, so that steps differ and samples are drawn in another order.
 # Shares by score: heads of unequal lengths are the harder case.
@@ -123,7 +127,16 @@ def runs(
         for scenario in traffic:
             of["dropping", scenario.name] = _run(engine, scenario)
             of["large budget", scenario.name] = _run(engine, scenario.spared())
-    relocating = {**SETTINGS, "relocate": True, "trace": str(tmp_path_factory.mktemp("moving"))}
+    file = tmp_path_factory.mktemp("calibration") / "unequal.json"
+    unequal_calibration(demo_model).save(file)
+    sharing = {**SETTINGS, "shares": "calibrated", "calibration": str(file)}
+    if dtype == "float32":
+        dropping = {**sharing, "trace": str(tmp_path_factory.mktemp("sharing"))}
+        with running(demo_model, dropping, **arguments) as engine:
+            for scenario in traffic:
+                if scenario.name in SHARING:
+                    of["sharing", scenario.name] = _run(engine, scenario)
+    relocating = {**sharing, "relocate": True, "trace": str(tmp_path_factory.mktemp("moving"))}
     with running(demo_model, relocating, **arguments) as engine:
         for scenario in traffic:
             of["relocating", scenario.name] = _run(engine, scenario)
@@ -159,14 +172,17 @@ def test_relocated_equals_unmodified_engine(runs: Runs, scenario: str) -> None:
             assert _distance_to_fork(ours, theirs) < TOLERANCE[runs.dtype], name
 
 
-def test_dropping_equals_masked_reference(runs: Runs, scenario: str, record_property: Any) -> None:
+@pytest.mark.parametrize("kind", ["dropping", "sharing"])
+def test_dropping_equals_masked_reference(runs: Runs, scenario: str, kind: str) -> None:
     """(d): what the engine answers is what attention to the kept tokens alone gives.
 
     Every sequence: log-probabilities of its five best tokens at every step, and, where the best
     was asked for, that the reference finds no token better by more than the tolerance.
     """
+    if (kind, scenario) not in runs.of:
+        pytest.skip(f"{kind} engines do not run this")
     worst = worst_mean = noise = 0.0
-    for name, answer, trace in runs.sequences("dropping", scenario):
+    for name, answer, trace in runs.sequences(kind, scenario):
         reference = runs.reference.logprobs(answer.prompt, answer.tokens, trace)
         distance = _distances(answer, reference)
         if trace:
@@ -180,7 +196,7 @@ def test_dropping_equals_masked_reference(runs: Runs, scenario: str, record_prop
             chosen = reference[torch.arange(len(answer.tokens)), torch.tensor(answer.tokens)]
             assert (reference.amax(-1) - chosen).max() < TOLERANCE[runs.dtype], name
     print(
-        f"{runs.dtype} {scenario}: largest distance {worst:.2g} (mean of one answer "
+        f"{runs.dtype} {kind} {scenario}: largest distance {worst:.2g} (mean of one answer "
         f"{worst_mean:.2g}), of uncompressed requests {noise:.2g}"
     )
 
@@ -201,9 +217,11 @@ def test_reference_tells_wrong_tokens(runs: Runs) -> None:
             assert distance.mean() > 1.5 * _distances(answer, right).mean()
 
 
-@pytest.mark.parametrize("kind", ["stock", "large budget", "relocating", "dropping"])
+@pytest.mark.parametrize("kind", ["stock", "large budget", "relocating", "dropping", "sharing"])
 def test_nothing_is_left(runs: Runs, kind: str, scenario: str) -> None:
     """Afterwards every block is in the pool, and neither process remembers a request."""
+    if (kind, scenario) not in runs.of:
+        pytest.skip(f"{kind} engines do not run this")
     assert runs.of[kind, scenario].leftovers == {}
 
 
@@ -228,6 +246,21 @@ def test_traffic_was_what_it_claims(runs: Runs) -> None:
     # A compressed request was preempted, computed again and compacted again.
     assert any(len(epochs(t)) > 1 for t in dropping["crowded"].traces.values())
     assert len(dropping["aborts"].answers) < 12
+
+
+def test_layers_that_share_keep_unequal_parts(runs: Runs) -> None:
+    """Most of the cache in some layers, next to nothing in others, and the same blocks in all."""
+    if ("sharing", "batch") not in runs.of:
+        pytest.skip(f"sharing engines do not run in {runs.dtype}")
+    records = [r for trace in runs.of["sharing", "batch"].traces.values() for r in trace]
+    assert len(records) >= 15
+    for record in records:
+        sizes = [sum(map(len, layer)) for layer in record["kept"]]
+        mean = sum(sizes) / len(sizes)
+        assert min(sizes) < 0.7 * mean or record["num_tokens"] < 128
+        assert max(sizes) > 1.3 * mean or record["num_tokens"] < 128
+        heads = len(record["kept"][0])
+        assert sum(sizes) % (len(sizes) * heads * record["block_size"]) == 0
 
 
 def _distances(answer: Answer, reference: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from uncomp.calibration.file import CalibrationError
 from uncomp.config import UncompConfig
 from uncomp.engine import calibrated
+from uncomp.importance import Importance
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,11 @@ def test_share_of_a_rank(
     heads: list[int],
 ) -> None:
     table = torch.rand(4, kv_heads, dtype=torch.float64)
-    file = SimpleNamespace(scores=lambda source, measure: table)
+    shares = torch.rand(2, 4, kv_heads, dtype=torch.float64)
+    file = SimpleNamespace(
+        scores=lambda source, measure: table,
+        head_importance=lambda: Importance((0.25, 0.5), shares),
+    )
     monkeypatch.setattr(calibrated, "load_checked", lambda config, model: file)
     engine = SimpleNamespace(
         model_config=SimpleNamespace(hf_text_config=None),
@@ -45,6 +50,11 @@ def test_share_of_a_rank(
     # A file may be there for the stages of prompts alone.
     other = UncompConfig(keep=0.5, policy="adakv", prefill_keep=0.5, calibration="file")
     assert calibrated.rank_entropies(other, engine, layers, len(heads)) is None
+    assert calibrated.rank_importance(other, engine, layers, len(heads)) is None
+    sharing = UncompConfig(keep=0.5, shares="calibrated", calibration="file")
+    importance = calibrated.rank_importance(sharing, engine, layers, len(heads))
+    assert importance is not None
+    assert torch.equal(importance.shares, shares[:, layers][:, :, heads])
 
 
 def test_stages_are_the_settings_own_or_those_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,7 @@ seen inside the attention call of each layer, after RoPE, and reduced to a few n
 before the next layer runs; so the memory needed beyond the weights is that of one layer.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,24 +14,22 @@ from typing import Any, cast
 import torch
 
 from uncomp.calibration.file import (
+    DECIMALS,
     Calibration,
     CalibrationError,
     Entropies,
     identity_hash,
     model_identity,
 )
+from uncomp.calibration.recording import read
+from uncomp.calibration.second_reading import measure_importance
 from uncomp.calibration.text import Text, windows
 from uncomp.config import MEASURES, SOURCES
 from uncomp.kernels.entropy import Measure, default_truncation, spectrum, truncated_entropy
 from uncomp.kernels.gram import gram, unit_norm_covariance
 
-ATTENTION_NAME = "uncomp_calibration"
-
 # Heads whose statistics are computed at once: bounds the fp64 copy of the queries.
 HEADS_AT_ONCE = 8
-
-# A calibration file stays small and readable; the noise between samples is about 1e-2.
-DECIMALS = 6
 
 
 def entropies_of(x: torch.Tensor, truncation: int, unit_norm: bool) -> torch.Tensor:
@@ -65,7 +61,7 @@ def entropies_of(x: torch.Tensor, truncation: int, unit_norm: bool) -> torch.Ten
 
 
 @dataclass
-class _Recorder:
+class _Entropies:
     """Entropies of one sample: layer -> [sources, measures, KV heads]."""
 
     tokens: int
@@ -73,8 +69,9 @@ class _Recorder:
     unit_norm: bool
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def record(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
-        """query [1, query heads, tokens, d], key [1, KV heads, tokens, d], both after RoPE."""
+    def record(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float
+    ) -> None:
         if layer in self.layers:
             raise CalibrationError(f"layer {layer} attends twice in one pass: not supported")
         if query.shape[2] != self.tokens or key.shape[2] != self.tokens:
@@ -88,41 +85,6 @@ class _Recorder:
         of_keys = entropies_of(key[0], self.truncation, self.unit_norm)
         by_source = {"queries": of_queries, "keys": of_keys}
         self.layers[layer] = torch.stack([by_source[source] for source in SOURCES])
-
-
-def _attention_base(model: Any) -> str:
-    """The attention to delegate to: sdpa, or eager where sdpa would compute something else."""
-    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    return "eager" if softcap or not getattr(model, "_supports_sdpa", True) else "sdpa"
-
-
-@contextmanager
-def _recording(model: Any, recorder: _Recorder) -> Iterator[None]:
-    """Put a recording attention into transformers' registries and into `model`; undo at exit."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    base = _attention_base(model)
-
-    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any):
-        recorder.record(module.layer_idx, query, key)
-        if base == "sdpa":
-            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, *args, **kwargs)
-        # Each model file has its own eager function, with its soft cap or its sinks.
-        eager = sys.modules[type(module).__module__].eager_attention_forward
-        return eager(module, query, key, *args, **kwargs)
-
-    before = model.config._attn_implementation
-    # Assignment to the shared registry instances, unlike register(), can be undone.
-    ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = attend
-    ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION_NAME] = ALL_MASK_ATTENTION_FUNCTIONS[base]
-    try:
-        model.set_attn_implementation(ATTENTION_NAME)
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        del ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME]
-        del ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION_NAME]
 
 
 @torch.inference_mode()
@@ -142,10 +104,8 @@ def sample_entropies(
     Raises:
         CalibrationError: some layer's attention was not seen, or has other heads than configured.
     """
-    recorder = _Recorder(len(ids), truncation, unit_norm)
-    with _recording(model, recorder):
-        tokens = torch.tensor([list(ids)], device=model.device)
-        model.base_model(input_ids=tokens, use_cache=False)
+    recorder = _Entropies(len(ids), truncation, unit_norm)
+    read(model, ids, recorder)
     identity = model_identity(model.config)
     unseen = sorted(set(range(identity["num_layers"])) - recorder.layers.keys())
     if unseen:
@@ -243,6 +203,7 @@ def calibrate(
 
     chosen = list(windows(texts, tokenize, samples, tokens, seed))
     values = torch.stack([sample_entropies(model, ids, k, unit_norm) for ids in progress(chosen)])
+    importance = measure_importance(model, tokenizer, chosen, longest, progress)
     return Calibration(
         model=Path(name).name if Path(name).exists() else name,
         identity=identity,
@@ -260,6 +221,7 @@ def calibrate(
         versions=_versions(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         entropy=_summary(values),
+        importance=importance,
     )
 
 

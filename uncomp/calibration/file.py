@@ -19,11 +19,16 @@ from uncomp.config import MEASURES, SOURCES
 if TYPE_CHECKING:
     import torch
 
+    from uncomp.importance import Importance
+
 FORMAT_VERSION = 1
 STATISTICS = ("mean", "std")
 
 Table = list[list[float]]  # [layers][KV heads]
 Entropies = dict[str, dict[str, dict[str, Table]]]  # source -> measure -> statistic -> Table
+
+# The file stays small and readable; the noise between samples is about 1e-2.
+DECIMALS = 6
 
 # A normalised entropy lies in [0, 1]; the margin admits rounding at 1.
 ENTROPY_LIMIT = 1.0 + 1e-4
@@ -87,6 +92,10 @@ class Calibration:
     logarithm) divided by ln(head_dim), so in [0, 1]; mean and population standard deviation over
     `samples` texts. For source "queries" the value of a KV head is the mean over its query heads.
     `text` lists what was read: name and sha256 of each text.
+
+    `importance` is None in older files, else {"keeps": keep ratios, "shares":
+    [keeps][layer][kv_head], "samples", "tokens"}: what heads need of a cache that all layers share,
+    see `uncomp.importance`.
     """
 
     model: str
@@ -106,6 +115,7 @@ class Calibration:
     created: str
     entropy: Entropies
     format_version: int = FORMAT_VERSION
+    importance: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Raise CalibrationError naming the first field that is wrong."""
@@ -114,6 +124,25 @@ class Calibration:
             for measure in MEASURES:
                 for statistic in STATISTICS:
                     _check_table(self, source, measure, statistic)
+        if self.importance is not None:
+            _check_importance(self, self.importance)
+
+    def head_importance(self) -> "Importance":
+        """What the heads need of a cache that all layers share.
+
+        Raises:
+            CalibrationError: the file is older than this measurement.
+        """
+        import torch
+
+        from uncomp.importance import Importance
+
+        if self.importance is None:
+            raise CalibrationError(
+                "holds no importance of heads, it was made by an older uncomp: calibrate again"
+            )
+        shares = torch.tensor(self.importance["shares"], dtype=torch.float64)
+        return Importance(tuple(self.importance["keeps"]), shares)
 
     def scores(self, source: str, measure: str) -> "torch.Tensor":
         """Mean entropies [num_layers, num_kv_heads] float64 for a source and a measure."""
@@ -187,7 +216,10 @@ def _from_json(content: Any) -> Calibration:
             f"has format version {version!r}, this uncomp reads {FORMAT_VERSION}: calibrate again"
         )
     names = {field.name for field in fields(Calibration)}
-    missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
+    missing, unknown = (
+        sorted(names - content.keys() - {"importance"}),
+        sorted(content.keys() - names),
+    )
     if missing or unknown:
         raise CalibrationError(f"missing fields {missing}, unknown fields {unknown}")
     return Calibration(**content)
@@ -240,6 +272,30 @@ def _check_table(calibration: Calibration, source: str, measure: str, statistic:
         if not isinstance(rows, dict) or key not in rows:
             raise CalibrationError(f"{where} is missing")
         rows = rows[key]
+    _check_rows(calibration, where, rows)
+
+
+def _check_importance(calibration: Calibration, found: Any) -> None:
+    names = {"keeps", "shares", "samples", "tokens"}
+    if not isinstance(found, dict) or set(found) != names:
+        raise CalibrationError(f"field importance must be an object with {sorted(names)}")
+    keeps, shares = found["keeps"], found["shares"]
+    if (
+        not _is(keeps, list)
+        or not keeps
+        or not all(_is(keep, (int, float)) and 0 < keep < 1 for keep in keeps)
+        or sorted(set(keeps)) != keeps
+    ):
+        raise CalibrationError(f"importance.keeps is {keeps!r}, expected ascending ratios in 0..1")
+    if not _is(shares, list) or len(shares) != len(keeps):
+        raise CalibrationError(f"importance.shares must hold {len(keeps)} tables, one a keep ratio")
+    for i, rows in enumerate(shares):
+        _check_rows(calibration, f"importance.shares[{i}]", rows)
+        if not any(value > 0 for row in rows for value in row):
+            raise CalibrationError(f"importance.shares[{i}] is all zero: calibrate again")
+
+
+def _check_rows(calibration: Calibration, where: str, rows: Any) -> None:
     layers, heads = calibration.num_layers, calibration.num_kv_heads
     lengths = [len(row) for row in rows if isinstance(row, list)] if _is(rows, list) else None
     if lengths != [heads] * layers or len(rows) != layers:

@@ -112,10 +112,13 @@ def validate(settings: Mapping[str, Any]) -> UncompConfig:
         )
     try:
         config = UncompConfig.from_mapping(settings)
-        if config.calibration is not None and config.uses_entropy:
+        is_read = config.uses_entropy or config.shares == "calibrated"
+        if config.calibration is not None and is_read:
             from uncomp.calibration.file import load
 
-            load(config.calibration)
+            calibration = load(config.calibration)
+            if config.shares == "calibrated":
+                calibration.head_importance()
     except ValueError as error:
         raise SettingsError(f"{error} (flags: --kv-NAME, see --help)") from error
     return config

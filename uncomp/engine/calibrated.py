@@ -9,6 +9,7 @@ from torch import Tensor
 from uncomp.calibration.file import Calibration, CalibrationError, load
 from uncomp.calibration.plan import stage_starts
 from uncomp.config import UncompConfig
+from uncomp.importance import Importance
 from uncomp.pruning import Schedule, parse_layers
 
 
@@ -18,10 +19,16 @@ def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
     Raises:
         CalibrationError: missing or corrupt file, another model, or another truncation.
     """
-    if config.calibration is None or not (config.uses_entropy or config.prefill_keep is not None):
+    is_read = config.uses_entropy or config.prefill_keep is not None or shares_layers(config)
+    if config.calibration is None or not is_read:
         return None
     calibration = load(config.calibration)
     calibration.check_model(hf_config)
+    if shares_layers(config):
+        try:
+            calibration.head_importance()
+        except CalibrationError as error:
+            raise CalibrationError(f"calibration file {config.calibration}: {error}") from None
     if not config.uses_entropy:
         return calibration
     if config.truncation not in (None, calibration.truncation):
@@ -30,6 +37,11 @@ def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
             f"settings ask for truncation={config.truncation}: calibrate again or drop the setting"
         )
     return calibration
+
+
+def shares_layers(config: UncompConfig) -> bool:
+    """Whether the heads of all layers share one budget."""
+    return config.shares == "calibrated"
 
 
 def schedule_of(config: UncompConfig, hf_config: Any) -> Schedule | None:
@@ -71,7 +83,24 @@ def rank_entropies(
     if calibration is None:
         return None
     table = calibration.scores(config.source, config.measure)
+    return table[layer_indices, _heads_of_rank(vllm_config, table.shape[1], heads)]
+
+
+def rank_importance(
+    config: UncompConfig, vllm_config: Any, layer_indices: list[int], heads: int
+) -> Importance | None:
+    """What this rank's layers and KV heads need; ``None`` if layers do not share."""
+    if not shares_layers(config):
+        return None
+    calibration = load_checked(config, vllm_config.model_config.hf_text_config)
+    assert calibration is not None  # the settings were checked
+    importance = calibration.head_importance()
+    of_rank = _heads_of_rank(vllm_config, importance.shares.shape[2], heads)
+    return importance.part(layer_indices, of_rank)
+
+
+def _heads_of_rank(vllm_config: Any, all_heads: int, heads: int) -> slice:
     parallel = vllm_config.parallel_config
     rank = parallel.rank % parallel.tensor_parallel_size
-    first = rank * table.shape[1] // parallel.tensor_parallel_size
-    return table[layer_indices, first : first + heads]
+    first = rank * all_heads // parallel.tensor_parallel_size
+    return slice(first, first + heads)

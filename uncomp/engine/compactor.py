@@ -3,6 +3,9 @@
 Called between forward passes. The decisions are the policy's; this file only feeds it the cache.
 Layers are worked off in groups: the small steps take a whole group at once, which costs little more
 than a layer does; what needs keys or values takes one layer, so that few of them are in memory.
+
+Where all layers share one budget, entries move to other layers' places, which may hold what has not
+been read yet: then all survivors are read before the first is written.
 """
 
 from __future__ import annotations
@@ -18,9 +21,13 @@ import torch
 from torch import Tensor
 
 from uncomp.config import UncompConfig
+from uncomp.engine import moving
 from uncomp.engine.cpu_layout import CacheLayout
+from uncomp.engine.held import Bounds, Held, held_by, pad
+from uncomp.engine.moving import Survivors
 from uncomp.engine.orders import Order, Receipt
 from uncomp.engine.state import CompressedRequests
+from uncomp.importance import Importance, deal
 from uncomp.kernels.entropy import Measure, spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
 from uncomp.kernels.select import Pooling, pool_scores, top_entries
@@ -34,7 +41,8 @@ class LayerCache:
 
     Attributes:
         index: layer number in the whole model (calibration files count all layers).
-        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size]; of all layers, one after the
+            other, where they lie in one piece of memory.
         scale, softcap: of its attention logits.
         rotary: how its keys are rotated; None: they are not.
     """
@@ -48,24 +56,6 @@ class LayerCache:
 
 #: layers whose small steps are taken together; more would save little time and cost memory
 _GROUP = 8
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What a request holds in some layers before compaction; see CompressedRequests.entries.
-
-    Attributes:
-        sub_blocks: [layers, heads, n] int64.
-        lengths: [layers, heads] int64.
-        positions: [layers, heads, n * block_size] int64.
-    """
-
-    sub_blocks: Tensor
-    lengths: Tensor
-    positions: Tensor
-
-    def part(self, layers: slice) -> _Held:
-        return _Held(self.sub_blocks[layers], self.lengths[layers], self.positions[layers])
 
 
 @dataclass(frozen=True)
@@ -88,15 +78,19 @@ class _Kept:
 
     Attributes:
         counts: [layers, heads] int64, sub-blocks.
+        dealt: a layer each, numbers of its sub-blocks in the order of its heads.
         positions: [layers, heads, K] int32 of the kept entries, valid up to the count.
         entropy: [layers, heads], or ``None``.
         score_seconds: what choosing took.
+        unwritten: survivors that are still to be written.
     """
 
     counts: Tensor
+    dealt: list[Tensor]
     positions: Tensor
     entropy: Tensor | None
     score_seconds: float
+    unwritten: list[Survivors]
 
 
 class Compactor:
@@ -109,6 +103,8 @@ class Compactor:
         layout: of a sub-block.
         requests: table to read from and to record in.
         calibrated: [layers, heads] entropies of this rank from a calibration file, or ``None``.
+        importance: of this rank's layers and heads: all of them share a budget; ``None``: the
+            policy deals every layer's part.
         rank: names the trace file.
     """
 
@@ -120,10 +116,12 @@ class Compactor:
         layout: CacheLayout,
         requests: CompressedRequests,
         calibrated: Tensor | None = None,
+        importance: Importance | None = None,
         rank: int = 0,
     ) -> None:
         self.config, self.policy, self.layers = config, policy, layers
         self.layout, self.requests, self.calibrated = layout, requests, calibrated
+        self.importance = importance
         self.heads, self.block_size = requests.heads, requests.block_size
         self._trace = Path(config.trace, f"kept-{rank}.jsonl") if config.trace else None
         if self._trace is not None:
@@ -142,16 +140,22 @@ class Compactor:
         slot = self.requests.slots.get(order.request_id)
         if slot is not None:
             self.requests.extend(slot, row, math.ceil(order.num_tokens / self.block_size))
-        dealt = self._sub_blocks(order)
-        held = self._held(order, row)
+        own = self._sub_blocks(order)
+        held = held_by(self.requests, order, row)
         memory = self._memory(order, held)
+        shared = self._shared(order, held, own)
         parts = []
         for first in range(0, len(self.layers), _GROUP):
             group = slice(first, first + _GROUP)
-            parts.append(self._compact(order, group, held.part(group), queries, dealt, memory))
+            given = (shared[0][group], shared[1][group]) if shared else None
+            part = self._compact(order, group, held.part(group), queries, own, given, memory)
+            parts.append(part)
+        for part in parts:
+            for survivors in part.unwritten:
+                survivors.write(self.layout)
         counts = torch.cat([part.counts for part in parts])
         width = int(counts.max())
-        positions = torch.cat([_pad(part.positions, width * self.block_size) for part in parts])
+        positions = torch.cat([pad(part.positions, width * self.block_size) for part in parts])
         entropies = [part.entropy for part in parts if part.entropy is not None]
         entropy = torch.cat(entropies) if entropies else None
         self.requests.place(
@@ -159,7 +163,7 @@ class Compactor:
             order.generation,
             order.full_blocks,
             counts,
-            _per_head(dealt, counts),
+            moving.by_head([numbers for part in parts for numbers in part.dealt], counts),
             positions,
             entropy,
         )
@@ -179,32 +183,27 @@ class Compactor:
         )
 
     def _sub_blocks(self, order: Order) -> Tensor:
-        """Numbers of the sub-blocks that are dealt to the heads, [blocks * heads]."""
+        """Numbers of the sub-blocks that each layer has to deal, [layers, blocks * heads]."""
         blocks = torch.tensor(order.kept_blocks)
-        numbers = (blocks.unsqueeze(1) * self.heads + torch.arange(self.heads)).flatten()
+        own = moving.own_sub_blocks(blocks, self.heads, self.requests.bases)
+        if not self.config.relocate:
+            return own
         # The self-check wants every token to end up elsewhere.
-        return numbers.flip(0) if self.config.relocate else numbers
+        return own.flip(0, 1) if self.importance is not None else own.flip(1)
 
-    def _held(self, order: Order, row: Tensor) -> _Held:
-        layers = len(self.layers)
-        slot = self.requests.slots.get(order.request_id)
-        if slot is not None:
-            entries = [self.requests.entries(slot, i, order.num_tokens) for i in range(layers)]
-            width = max(sub_blocks.shape[1] for sub_blocks, _, _ in entries)
-            return _Held(
-                torch.stack([_pad(sub_blocks, width) for sub_blocks, _, _ in entries]),
-                torch.stack([lengths for _, lengths, _ in entries]),
-                torch.stack([_pad(at, width * self.block_size) for _, _, at in entries]),
-            )
-        blocks = row[: math.ceil(order.num_tokens / self.block_size)].long()
-        positions = torch.arange(blocks.numel() * self.block_size)
-        return _Held(
-            (blocks * self.heads + torch.arange(self.heads).unsqueeze(1)).expand(layers, -1, -1),
-            torch.full((layers, self.heads), order.num_tokens),
-            positions.expand(layers, self.heads, -1),
-        )
+    def _shared(self, order: Order, held: Held, own: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+        """Where all layers share: counts [layers, heads], and the sub-blocks of every layer."""
+        if self.importance is None:
+            return None
+        bounds = Bounds.of(order, held, self.config, self.block_size)
+        counts = bounds.maximum(self.block_size)
+        if not self.config.relocate:
+            total = len(order.kept_blocks) * self.heads * len(self.layers)
+            minimum = bounds.minimum(self.block_size)
+            counts = deal(self.importance, total, minimum, counts, self.config.floor)
+        return counts, moving.assign(own, counts)
 
-    def _memory(self, order: Order, held: _Held) -> _Memory:
+    def _memory(self, order: Order, held: Held) -> _Memory:
         _, heads, count = held.sub_blocks.shape
         cache = self.layers[0].cache
         size = cache.shape[3] // 2
@@ -215,7 +214,7 @@ class Compactor:
             cache.new_empty(_GROUP, heads, sampled, size),
         )
 
-    def _stride(self, held: _Held) -> int:
+    def _stride(self, held: Held) -> int:
         """Of the tokens that the entropy is measured from."""
         return max(1, math.ceil(held.positions.shape[2] / self.config.online_tokens))
 
@@ -223,20 +222,23 @@ class Compactor:
         self,
         order: Order,
         group: slice,
-        held: _Held,
+        held: Held,
         queries: Tensor | None,
-        dealt: Tensor,
+        own: Tensor,
+        given: tuple[Tensor, list[Tensor]] | None,
         memory: _Memory,
     ) -> _Kept:
+        """One group of layers; `given`: counts and sub-blocks, where all layers share."""
         start = time.perf_counter()
         raw, entropy = self._measure(order, group, held, queries, memory)
-        counts, chosen = self._choose(order, held, raw, entropy)
+        counts, chosen = self._choose(order, held, raw, entropy, given[0] if given else None)
         seconds = time.perf_counter() - start
-        positions = self._move(self.layers[group], held, counts, chosen, dealt)
-        return _Kept(counts, positions, entropy, seconds)
+        dealt = given[1] if given else moving.assign(own[group], counts)
+        positions, unwritten = self._move(self.layers[group], held, chosen, dealt, bool(given))
+        return _Kept(counts, dealt, positions, entropy, seconds, unwritten)
 
     def _measure(
-        self, order: Order, group: slice, held: _Held, queries: Tensor | None, memory: _Memory
+        self, order: Order, group: slice, held: Held, queries: Tensor | None, memory: _Memory
     ) -> tuple[list[Tensor], Tensor | None]:
         """Scores [layers, heads, N] of the policy's parts and, if it needs them, entropies [layers,
         heads]."""
@@ -304,39 +306,40 @@ class Compactor:
         )
 
     def _choose(
-        self, order: Order, held: _Held, parts: list[Tensor], entropy: Tensor | None
+        self,
+        order: Order,
+        held: Held,
+        parts: list[Tensor],
+        entropy: Tensor | None,
+        counts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Sub-blocks per head [layers, heads] and chosen entries [layers, heads, K] (ascending,
-        padded with -1)."""
-        positions, limit = held.positions, order.full_blocks * self.block_size
-        valid = torch.arange(positions.shape[2]) < held.lengths.unsqueeze(2)
-        eligible = valid & (positions < limit)
-        recent = positions >= order.num_tokens - self.config.window
-        forced = eligible & ((positions < self.config.sinks) | recent)
-        for start, end in order.protect:
-            forced |= eligible & (positions >= start) & (positions < end)
-        maximum = eligible.sum(2) // self.block_size
-        raw, counts = parts[0], maximum
-        pooled = raw
+        """Sub-blocks per head [layers, heads] (the given ones, if any) and chosen entries [layers,
+        heads, K] (ascending, padded with -1)."""
+        bounds = Bounds.of(order, held, self.config, self.block_size)
+        maximum = bounds.maximum(self.block_size)
+        raw = pooled = parts[0]
         if not self.config.relocate:
             if self.policy.pool_scores:
-                limits = (valid & ~recent).sum(2).flatten()
+                limits = (bounds.valid & ~bounds.recent).sum(2).flatten()
                 kind = cast(Pooling, self.config.pooling_kind)
                 parts = [
                     pool_scores(one.flatten(0, 1), self.config.pooling, kind, limits).view_as(one)
                     for one in parts
                 ]
-            pooled = self.policy.combine(parts, eligible)
-            minimum = -(-forced.sum(2) // self.block_size)
-            total = torch.full(minimum.shape[:1], len(order.kept_blocks) * self.heads)
-            counts = self.policy.share(
-                entropy, pooled, eligible, total, minimum, maximum, self.block_size
-            )
+            pooled = self.policy.combine(parts, bounds.eligible)
+            if counts is None:
+                minimum = bounds.minimum(self.block_size)
+                total = torch.full(minimum.shape[:1], len(order.kept_blocks) * self.heads)
+                counts = self.policy.share(
+                    entropy, pooled, bounds.eligible, total, minimum, maximum, self.block_size
+                )
+        if counts is None:
+            counts = maximum
         chosen = top_entries(
             pooled.flatten(0, 1),
             raw.flatten(0, 1),
-            eligible.flatten(0, 1),
-            forced.flatten(0, 1),
+            bounds.eligible.flatten(0, 1),
+            bounds.forced.flatten(0, 1),
             (counts * self.block_size).flatten(),
         )
         return counts, chosen.unflatten(0, counts.shape)
@@ -344,30 +347,33 @@ class Compactor:
     def _move(
         self,
         layers: list[LayerCache],
-        held: _Held,
-        counts: Tensor,
+        held: Held,
         chosen: Tensor,
-        dealt: Tensor,
-    ) -> Tensor:
+        dealt: list[Tensor],
+        later: bool,
+    ) -> tuple[Tensor, list[Survivors]]:
         """Copy the chosen entries into the dealt sub-blocks; sources may overlap them.
 
         Returns:
-            [layers, heads, K] int32, positions of the chosen entries.
+            [layers, heads, K] int32, positions of the chosen entries; and what is still to be
+            written, if that is to be `later`.
         """
         index, used = chosen.clamp(min=0), chosen >= 0
         sources = held.sub_blocks.gather(2, index // self.block_size)
         slots = index % self.block_size
         blocks = (-1, self.block_size)
+        unwritten = []
         for i, layer in enumerate(layers):
             # Head after head, as the sub-blocks are dealt; each head fills its own exactly.
             keys, values = self.layout.at(layer.cache, sources[i, used[i]], slots[i, used[i]])
-            self.layout.write(
-                layer.cache,
-                dealt[: int(counts[i].sum())],
-                keys.unflatten(0, blocks),
-                values.unflatten(0, blocks),
+            survivors = Survivors(
+                layer.cache, dealt[i], keys.unflatten(0, blocks), values.unflatten(0, blocks)
             )
-        return held.positions.gather(2, index).to(torch.int32)
+            if later:
+                unwritten.append(survivors)
+            else:
+                survivors.write(self.layout)
+        return held.positions.gather(2, index).to(torch.int32), unwritten
 
     def _write_trace(self, order: Order) -> None:
         if self._trace is None:
@@ -384,16 +390,3 @@ class Compactor:
         }
         with open(self._trace, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _per_head(dealt: Tensor, counts: Tensor) -> Tensor:
-    """[sub-blocks] dealt head after head -> [layers, heads, max count], padded with 0."""
-    first = counts.cumsum(1) - counts
-    column = torch.arange(int(counts.max()))
-    used = column < counts.unsqueeze(2)
-    index = torch.where(used, first.unsqueeze(2) + column, 0)
-    return torch.where(used, dealt[index], 0)
-
-
-def _pad(tensor: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))

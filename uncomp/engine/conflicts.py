@@ -15,12 +15,18 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from uncomp.engine.calibrated import shares_layers
 from uncomp.engine.settings import requested
 
 
 def _prunes(config: VllmConfig) -> bool:
     asked = requested(config)
     return asked is not None and asked.prefill_keep is not None
+
+
+def _shares_layers(config: VllmConfig) -> bool:
+    asked = requested(config)
+    return asked is not None and shares_layers(asked)
 
 
 class ConflictError(ValueError):
@@ -139,6 +145,12 @@ CONFLICTS: tuple[Conflict, ...] = (
         "it does not decode, so there is nothing to gain",
         "serve it without compression",
         lambda c: c.model_config.runner_type == "pooling",
+    ),
+    Conflict(
+        "calibrated shares on a GPU",
+        "the kernels there look for a layer's entries in its own cache only",
+        "set shares to 'policy'",
+        lambda c: c.device_config.device_type != "cpu" and _shares_layers(c),
     ),
     Conflict(
         "multi-head latent attention (MLA)",

@@ -169,7 +169,7 @@ class SeatedImpl(CPUAttentionBackendImpl):
     """Attention of one layer; ``layer_index`` is set by the worker."""
 
     layer_index: int = -1
-    _sub_blocks: tuple[int, Tensor, Tensor] | None = None
+    _sub_blocks: tuple[Tensor, Tensor]
 
     def forward(
         self,
@@ -194,7 +194,7 @@ class SeatedImpl(CPUAttentionBackendImpl):
         if meta.compressed is None:
             return super().forward(layer, query, key, value, kv_cache, meta, output, *rest)
         count = meta.num_actual_tokens
-        self._attend(meta.compressed, query[:count], kv_cache, output[:count])
+        self._attend(meta.compressed, query[:count], output[:count])
         if meta.plain is None:
             return output
         others = torch.empty_like(output[: meta.plain.num_actual_tokens])
@@ -204,16 +204,25 @@ class SeatedImpl(CPUAttentionBackendImpl):
         output[meta.plain_tokens] = others
         return output
 
-    def _attend(
-        self, rows: CompressedRows, query: Tensor, kv_cache: Tensor, output: Tensor
-    ) -> None:
+    def hold(self, cache: Tensor) -> None:
+        """Take note of the cache that the numbers of sub-blocks are places in.
+
+        Args:
+            cache: [num_blocks, heads, block_size, 2 * head_size], see `LayerCache`.
+        """
+        blocks, heads, block_size, _ = cache.shape
+        flat = cache.view(blocks * heads, 1, block_size * 2, -1)
+        keys, values = flat.chunk(2, dim=2)
+        self._sub_blocks = keys, values
+
+    def _attend(self, rows: CompressedRows, query: Tensor, output: Tensor) -> None:
         """query, output: [tokens, num_heads, head_size] (output contiguous)."""
         shape = (-1, self.num_queries_per_kv, self.head_size)
         queries, attended = query.reshape(shape), output.view(shape)
         if rows.order is not None:
             queries = queries[rows.order]
             attended = torch.empty_like(queries)
-        key_cache, value_cache = self._views(kv_cache)
+        key_cache, value_cache = self._sub_blocks
         ops.cpu_attention_with_kv_cache(
             query=queries,
             key_cache=key_cache,
@@ -236,15 +245,6 @@ class SeatedImpl(CPUAttentionBackendImpl):
         )
         if rows.order is not None:
             output.view(shape)[rows.order] = attended
-
-    def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """The cache as sub-blocks [num_blocks * heads, 1, block_size, head_size], K and V."""
-        if self._sub_blocks is None or self._sub_blocks[0] != kv_cache.data_ptr():
-            blocks, heads, block_size, _ = kv_cache.shape
-            flat = kv_cache.view(blocks * heads, 1, block_size * 2, -1)
-            keys, values = flat.chunk(2, dim=2)
-            self._sub_blocks = (kv_cache.data_ptr(), keys, values)
-        return self._sub_blocks[1], self._sub_blocks[2]
 
 
 def _by_sequence(first: Tensor, counts: Tensor, heads: int) -> Tensor:

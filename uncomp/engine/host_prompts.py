@@ -46,7 +46,8 @@ class HostPrompts:
         heads = torch.arange(kv_heads).unsqueeze(1)
         shape = (kv_heads, len(blocks), self.block_size, cache.cache.shape[3] // 2)
         keys = cache.cache.new_empty(shape)
-        self._layout.keys(cache.cache, blocks.long() * kv_heads + heads, keys)
+        numbers = self._requests.bases[layer] + blocks.long() * kv_heads + heads
+        self._layout.keys(cache.cache, numbers, keys)
         queries = self._ring.of_layer(layer, order.request_id, total, choice.queries)
         return choice.scores(
             queries.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3),

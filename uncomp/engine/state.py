@@ -53,10 +53,15 @@ class CompressedRequests:
     Args:
         layers, heads: attention layers and KV heads of this rank.
         block_size: tokens per block.
+        bases: [layers] int64, number of every layer's first sub-block: layers that lie in one
+            piece of memory are numbered through. Default: each begins at 0.
     """
 
-    def __init__(self, layers: int, heads: int, block_size: int) -> None:
+    def __init__(
+        self, layers: int, heads: int, block_size: int, bases: Tensor | None = None
+    ) -> None:
         self.layers, self.heads, self.block_size = layers, heads, block_size
+        self.bases = torch.zeros(layers, dtype=torch.int64) if bases is None else bases
         self.slots: dict[str, Slot] = {}
         self._free: list[int] = []
         self._table = torch.zeros(layers, 0, heads, 0, dtype=torch.int32)
@@ -123,7 +128,7 @@ class CompressedRequests:
         column = torch.arange(width)
         used = column < blocks.unsqueeze(1)
         index = torch.where(used, full - blocks.unsqueeze(1) + column, 0)
-        first = torch.where(used, row.long()[index] * self.heads, 0).unsqueeze(1)
+        first = (row.long()[index] * self.heads + self.bases[:, None]).unsqueeze(1)
         numbers = torch.where(used.unsqueeze(1), first + torch.arange(self.heads)[:, None], 0)
         positions = torch.zeros(self.layers, 1, width * self.block_size, dtype=torch.int32)
         for layer, at in enumerate(kept):
@@ -144,9 +149,9 @@ class CompressedRequests:
         for i in range(slot.num_blocks, num_blocks):
             columns = self._kept[:, slot.index] + (i - slot.full_blocks)
             self._widen(int(columns.max()) + 1)
-            numbers = (int(row[i]) * self.heads + heads).to(torch.int32)
+            numbers = self.bases[:, None] + (int(row[i]) * self.heads + heads)
             self._table[:, slot.index].scatter_(
-                2, columns.unsqueeze(-1), numbers.expand(self.layers, -1).unsqueeze(-1)
+                2, columns.unsqueeze(-1), numbers.to(torch.int32).unsqueeze(-1)
             )
         if num_blocks > slot.num_blocks:
             slot.num_blocks = num_blocks

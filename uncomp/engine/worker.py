@@ -7,6 +7,8 @@ import os
 from typing import Any, cast
 
 import torch
+import vllm
+from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -14,11 +16,17 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from uncomp.config import UncompConfig
 from uncomp.engine.by_config import ByConfig
-from uncomp.engine.calibrated import rank_entropies, schedule_of
+from uncomp.engine.calibrated import (
+    rank_entropies,
+    rank_importance,
+    schedule_of,
+    shares_layers,
+)
 from uncomp.engine.compactor import Compactor, LayerCache
 from uncomp.engine.cpu_backend import SeatedBackend, SeatedImpl
 from uncomp.engine.cpu_layout import probe_layout
 from uncomp.engine.host_prompts import HostPrompts
+from uncomp.engine.one_piece import in_one_piece
 from uncomp.engine.pruned_model import PrunedModel
 from uncomp.engine.pruner import Pruner
 from uncomp.engine.seat import QueryRing, Seat
@@ -56,13 +64,16 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
         layers = self._attention_layers()
         caches = []
         rotaries = self._rotaries()
+        joined, bases = self._joined([layer.kv_cache for layer in layers.values()])
         for i, (name, layer) in enumerate(layers.items()):
             assert isinstance(layer.impl, SeatedImpl)
             layer.impl.layer_index = i
+            cache = layer.kv_cache if joined is None else joined
+            layer.impl.hold(cache)
             caches.append(
                 LayerCache(
                     extract_layer_index(name),
-                    layer.kv_cache,
+                    cache,
                     layer.impl.scale,
                     float(layer.impl.logits_soft_cap),
                     rotaries[i],
@@ -71,7 +82,7 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
         first = next(iter(layers.values()))
         _, heads, block_size, _ = caches[0].cache.shape
         layout = probe_layout(block_size, first.head_size, caches[0].cache.dtype, isa)
-        requests = CompressedRequests(len(caches), heads, block_size)
+        requests = CompressedRequests(len(caches), heads, block_size, bases * heads)
         ring = None
         schedule = schedule_of(self._uncomp, self.model_config.hf_text_config)
         if self._policy.needs_queries or schedule is not None:
@@ -83,8 +94,11 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
 
         def compactor(config: UncompConfig) -> Compactor:
             entropies = rank_entropies(config, self.vllm_config, indices, heads)
+            importance = rank_importance(config, self.vllm_config, indices, heads)
             policy = make_policy(config)
-            return Compactor(config, policy, caches, layout, requests, entropies, self.rank)
+            return Compactor(
+                config, policy, caches, layout, requests, entropies, importance, self.rank
+            )
 
         default = compactor(self._uncomp)
         logger.info(
@@ -112,3 +126,20 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
                 self.rank,
             )
         return seat
+
+    def _joined(self, caches: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+        """The caches of all layers as one (``None``: they are not), and every layer's first block.
+
+        Raises:
+            RuntimeError: layers are to share a budget and their caches lie apart.
+        """
+        found = in_one_piece(caches)
+        if found is not None:
+            return found
+        if shares_layers(self._uncomp):
+            raise RuntimeError(
+                f"uncomp: shares='calibrated' needs the caches of all layers in one piece of "
+                f"memory; this vLLM ({vllm.__version__}) has them apart (0.32 has not). Use "
+                f"another vLLM or shares='policy'"
+            )
+        return None, torch.zeros(len(caches), dtype=torch.int64)
