@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uncomp.calibration.file import load
 from uncomp.eval.ablation import variants
 from uncomp.eval.ablation.measure import Case, measure, reference_spans, signs
 from uncomp.eval.ablation.replay import Reading, Replay
@@ -39,7 +40,8 @@ _TEMPLATE = 256
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    replay = Replay(args.model)
+    measured = load(args.calibration).head_importance() if args.calibration else None
+    replay = Replay(args.model, importance=measured)
     renderer = Renderer(replay.tokenizer, args.length + _TEMPLATE, True)
     done = set()
     if args.out.exists():
@@ -74,6 +76,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", default="final", choices=list(variants.SETS))
     parser.add_argument(
         "--agnostic", action="store_true", help="compress before the question is read"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, help="file of `uncomp calibrate`, for some sets"
     )
     parser.add_argument("--cache", type=Path, help="folder: readings are kept there")
     parser.add_argument("--threads", type=int, default=2)

@@ -67,7 +67,7 @@ def agnostic(reading: Reading, replay: Replay, budget: int, always: Tensor) -> I
     yield "keydiff.max7", even(choose.spread(difference, 3, 3))
     yield "keydiff.avg7", even(choose.spread(difference, 3, 3, "avg"))
     yield "keydiff.layers", choose.over_layers(difference, budget, always, 0.5)
-    again = once("again", lambda: replay.reread(reading, _repeat(reading, replay)))
+    again = once("again", lambda: replay.reread(reading, repeated(reading, replay)))
     yield "reread", even(again)
     yield "reread.adakv", choose.by_score(again, budget, always)
     yield "reread.layers", choose.over_layers(again, budget, always, 0.2)
@@ -89,7 +89,7 @@ def blind(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iter
 
     plain = unrotated(reading, replay)
     values = once("values", lambda: features.difference(reading.values))
-    again = once("again", lambda: replay.reread(reading, _repeat(reading, replay)))
+    again = once("again", lambda: replay.reread(reading, repeated(reading, replay)))
 
     def even(scores: Tensor) -> Tensor:
         return choose.uniform(scores, budget, always)
@@ -138,7 +138,7 @@ def outlines(reading: Reading, replay: Replay, budget: int, always: Tensor) -> I
         yield f"plain.ema{length}.ada", choose.by_score(scores, budget, always)
 
 
-def _repeat(reading: Reading, replay: Replay) -> list[int]:
+def repeated(reading: Reading, replay: Replay) -> list[int]:
     ask = replay.tokenizer.encode(
         "\n\nRepeat the previous context exactly.\n\n", add_special_tokens=False
     )

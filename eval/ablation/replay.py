@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uncomp.importance import Importance
+
 _NAME = "uncomp_replay"
 
 
@@ -71,9 +73,16 @@ class Replay:
     Args:
         model: folder or hub name.
         dtype: of weights and activations.
+        importance: what the heads need, for variants that use it.
     """
 
-    def __init__(self, model: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: str,
+        dtype: torch.dtype = torch.float32,
+        importance: Importance | None = None,
+    ) -> None:
+        self.importance = importance
         self.tokenizer, self.model = load(model, dtype, _NAME, self._attend)
         config = self.model.config.get_text_config()
         self.layers: int = config.num_hidden_layers

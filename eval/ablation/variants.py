@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from uncomp.eval.ablation import agnostic, aware, choose, robust
+from uncomp.eval.ablation import again, agnostic, aware, choose, robust
 from uncomp.eval.ablation.replay import Reading, Replay
 from uncomp.eval.ablation.shared import RECENT, SINKS, Named
 
@@ -27,6 +27,7 @@ SETS: dict[str, Make] = {
         agnostic.blind,
         agnostic.outlines,
         robust.robust,
+        again.again,
     )
 }
 

@@ -13,6 +13,7 @@ from uncomp.eval.ablation.measure import Case, measure, reference_spans, signs
 from uncomp.eval.ablation.replay import Replay
 from uncomp.eval.ablation.shared import both, forget
 from uncomp.eval.ablation.summary import table
+from uncomp.importance import Importance
 from uncomp.kernels.select import ema_pool
 from uncomp.kernels.window_scores import window_scores
 from uncomp.rotary import Rotary
@@ -118,6 +119,7 @@ def test_scores_are_those_of_the_kernels(replay: Replay) -> None:
 @pytest.mark.parametrize("name", variants.SETS)
 def test_variants_keep_what_they_are_allowed(replay: Replay, name: str) -> None:
     reading = replay.read(PROMPT * 4)  # a window of 64 must fit
+    replay.importance = Importance((0.25,), torch.rand(1, 3, 3, dtype=torch.float64))
     seen = set()
     for variant, mask in variants.masks(name, reading, replay, 0.25):
         assert mask.shape == (3, 3, 160), variant
