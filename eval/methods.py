@@ -145,6 +145,11 @@ METHODS: dict[str, Method] = {
             "2024)",
             {"policy": "adakv", "equal_from": 0, **_SNAPKV},
         ),
+        Method(
+            "pyramidkv",
+            "SnapKV's scores as above, less from layer to layer (PyramidKV, Cai et al. 2024)",
+            {"policy": "uniform", "shares": "pyramid", **_SNAPKV},
+        ),
         Method("key-norm", "smallest keys (Devoto et al. 2024)", {"policy": "key_norm"}),
         Method(
             "key-difference",
@@ -220,16 +225,6 @@ METHODS: dict[str, Method] = {
     )
 }
 
-#: Known methods that cannot be run, with the reason.
-IMPOSSIBLE = {
-    "pyramidkv": (
-        "PyramidKV gives every layer a budget of its own. vLLM's block table is shared by all "
-        "layers of a cache group, so a block is only freed when every layer gives it up: unequal "
-        "layers would be freed at the size of the largest. Budgets here differ between heads, not "
-        "between layers"
-    )
-}
-
 
 def find(
     names: Iterable[str],
@@ -244,7 +239,7 @@ def find(
             another policy.
 
     Raises:
-        ValueError: unknown or impossible; says what there is.
+        ValueError: unknown; says what there is.
     """
     known = dict(METHODS)
     if query_agnostic:
@@ -264,8 +259,6 @@ def find(
         )
     chosen: dict[str, Method] = {"full": known["full"]}
     for name in names:
-        if name in IMPOSSIBLE:
-            raise ValueError(f"method {name!r} is not possible here: {IMPOSSIBLE[name]}")
         if name not in known:
             raise ValueError(f"unknown method {name!r}; there are: {', '.join(known)}")
         chosen[name] = known[name]
@@ -300,8 +293,11 @@ def server_settings(methods: Sequence[Method], calibration: str | None = None) -
     settings: dict[str, Any] = {"keep": 1.0, "policy": "entropy", "window": window}
     if any("prefill_keep" in method.settings for method in methods):
         settings["prefill_keep"] = 1.0
-    if any(method.settings.get("shares") == "calibrated" for method in methods):
-        settings["shares"] = "calibrated"
+    shares = {method.settings.get("shares") for method in methods}
+    for name in ("calibrated", "pyramid"):  # a server that has read the file serves both
+        if name in shares:
+            settings["shares"] = name
+            break
     stages = {m.settings["prefill_stages"] for m in methods if "prefill_stages" in m.settings}
     if len(stages) > 1:
         raise ValueError(f"one engine has one set of prefill_stages, the methods have {stages}")

@@ -73,11 +73,16 @@ def test_refused(given: dict[str, Any], says: str) -> None:
 def test_layers_share_for_a_request_only_where_the_server_has_read_the_file(tmp_path: Any) -> None:
     file = {"keep": 0.25, "calibration": str(tmp_path / "any.json")}
     sharing = UncompConfig(**file, shares="calibrated")
-    with pytest.raises(RequestError, match="start it with --kv-shares calibrated"):
+    with pytest.raises(RequestError, match="one started with --kv-shares calibrated"):
         own(UncompConfig(**file), kv_settings={"shares": "calibrated"})
+    with pytest.raises(RequestError, match="shares='pyramid'"):
+        own(UncompConfig(**file), kv_settings={"shares": "pyramid"})
+    with pytest.raises(RequestError, match="shares='calibrated'"):
+        own(UncompConfig(**file, shares="pyramid"), kv_settings={"shares": "calibrated"})
     for given, shares in (
         ({"kv_settings": {"pooling": 7}}, "calibrated"),
         ({"kv_settings": {"shares": "policy"}}, "policy"),
+        ({"kv_settings": {"shares": "pyramid"}}, "pyramid"),
         ({"kv_policy": "uncomp-v1"}, "policy"),  # as published
     ):
         found = own(sharing, **given)

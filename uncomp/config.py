@@ -16,7 +16,7 @@ SOURCES = ("keys", "queries")
 REDUCTIONS = ("sum", "max")
 POOLINGS = ("max", "ema")
 PREFILL_SCORES = ("handed-on", "attention")
-SHARES = ("policy", "calibrated")
+SHARES = ("policy", "calibrated", "pyramid")
 OVERRIDES = ("allow", "tighten", "forbid")
 
 #: Published settings (method: UNComp). ``from_mapping`` fills them in where nothing is given.
@@ -99,7 +99,8 @@ class UncompConfig:
         default="policy",
         metadata=_meta(
             "policy: the policy deals every layer's part to its heads; calibrated: the heads of "
-            "all layers share the budget by how much the calibration file says each one needs"
+            "all layers share the budget by how much the calibration file says each one needs; "
+            "pyramid: less from layer to layer (PyramidKV)"
         ),
     )
     floor: float = field(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from uncomp.kernels.window_scores import window_scores
 
 #: keep ratios that shares are measured at; between them they are interpolated
 KEEPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+
+
+class Needs(Protocol):
+    """What the heads of all layers need of one budget."""
+
+    def at(self, keep: float) -> Tensor:
+        """`[L, H]` float64, non-negative, at a keep ratio; only proportions matter."""
 
 
 def looked_up(
@@ -99,13 +107,35 @@ class Importance:
         return Importance(self.keeps, self.shares[:, list(layers), heads])
 
 
-def deal(
-    importance: Importance, total: int, minimum: Tensor, maximum: Tensor, floor: float
-) -> Tensor:
+@dataclass(frozen=True)
+class Pyramid:
+    """Less and less from the first layer to the last, as in PyramidKV (arXiv 2406.02069).
+
+    Attributes:
+        layers: numbers of these layers in the whole model.
+        heads: KV heads of a layer.
+        all_layers: of the whole model.
+        beta: the last layer gets the mean over this (20, the official default).
+    """
+
+    layers: tuple[int, ...]
+    heads: int
+    all_layers: int
+    beta: float = 20.0
+
+    def at(self, keep: float) -> Tensor:
+        """`[L, H]` float64 with mean 1 over all layers: linear from 2 - 1 / beta to 1 / beta."""
+        last = 1 / self.beta
+        depth = torch.tensor(self.layers, dtype=torch.float64) / max(1, self.all_layers - 1)
+        shares = (2 - last) + (2 * last - 2) * depth
+        return shares[:, None].expand(-1, self.heads)
+
+
+def deal(needs: Needs, total: int, minimum: Tensor, maximum: Tensor, floor: float) -> Tensor:
     """Deal sub-blocks to the heads of all layers.
 
     Args:
-        importance: of these layers and heads.
+        needs: of these layers and heads.
         total: sub-blocks of all layers.
         minimum: `[L, H]` int64, sub-blocks a head needs at least.
         maximum: `[L, H]` int64, sub-blocks a head can fill.
@@ -117,8 +147,7 @@ def deal(
     Raises:
         ValueError: sum(minimum) > total.
     """
-    filled = int(maximum.sum())
-    weights = importance.at(min(1.0, total / filled)) if filled else importance.shares[0]
+    weights = needs.at(min(1.0, max(1, total) / max(1, int(maximum.sum()))))
     equal = int(floor * total / minimum.numel())
     least = minimum.clamp_min(equal).minimum(maximum)
     if int(least.sum()) > total:  # the floor gives way where the minima leave no room for it

@@ -55,8 +55,8 @@ def own_config(policy: Any, settings: Any, server: UncompConfig) -> UncompConfig
 
     Raises:
         ValueError: unknown name, bad value, or one that this server cannot serve: it remembers the
-            last ``server.window`` queries, and none if its own policy needs none; and it knows what
-            heads need only if its own ``shares`` say so.
+            last ``server.window`` queries, and none if its own policy needs none; and layers share
+            one budget only where its own ``shares`` say so.
     """
     given = _mapping(settings)
     unknown = sorted(set(given) - set(SETTABLE))
@@ -73,11 +73,7 @@ def own_config(policy: Any, settings: Any, server: UncompConfig) -> UncompConfig
     config = dataclasses.replace(server, policy=policy or server.policy, **given)
     if needs_queries(config):
         _check_queries(config, server)
-    if config.shares == "calibrated" != server.shares:
-        raise ValueError(
-            "kv_settings: shares='calibrated': this server has not read how much its heads need; "
-            "start it with --kv-shares calibrated and --kv-calibration FILE"
-        )
+    _check_shares(config, server)
     return config
 
 
@@ -99,6 +95,16 @@ def _check_queries(config: UncompConfig, server: UncompConfig) -> None:
         raise ValueError(
             f"kv_settings: window={config.window}: this server remembers the last "
             f"{server.window} queries; start it with --kv-window {config.window}"
+        )
+
+
+def _check_shares(config: UncompConfig, server: UncompConfig) -> None:
+    needs_file = config.shares == "calibrated" and server.shares != "calibrated"
+    if needs_file or (config.shares != "policy" and server.shares == "policy"):
+        raise ValueError(
+            f"kv_settings: shares={config.shares!r}: this server was started with shares="
+            f"{server.shares!r}; one started with --kv-shares calibrated and --kv-calibration FILE "
+            f"serves all of them"
         )
 
 

@@ -254,13 +254,14 @@ def test_layers_that_share_keep_unequal_parts(runs: Runs) -> None:
         pytest.skip(f"sharing engines do not run in {runs.dtype}")
     records = [r for trace in runs.of["sharing", "batch"].traces.values() for r in trace]
     assert len(records) >= 15
+    unequal = 0
     for record in records:
         sizes = [sum(map(len, layer)) for layer in record["kept"]]
-        mean = sum(sizes) / len(sizes)
-        assert min(sizes) < 0.7 * mean or record["num_tokens"] < 128
-        assert max(sizes) > 1.3 * mean or record["num_tokens"] < 128
-        heads = len(record["kept"][0])
+        mean, heads = sum(sizes) / len(sizes), len(record["kept"][0])
         assert sum(sizes) % (len(sizes) * heads * record["block_size"]) == 0
+        # Where a head has hardly more than what always stays, there is nothing to share.
+        unequal += min(sizes) < 0.6 * mean and max(sizes) > 1.5 * mean
+    assert unequal >= 5
 
 
 def _distances(answer: Answer, reference: Tensor) -> Tensor:

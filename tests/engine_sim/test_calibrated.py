@@ -50,11 +50,21 @@ def test_share_of_a_rank(
     # A file may be there for the stages of prompts alone.
     other = UncompConfig(keep=0.5, policy="adakv", prefill_keep=0.5, calibration="file")
     assert calibrated.rank_entropies(other, engine, layers, len(heads)) is None
-    assert calibrated.rank_importance(other, engine, layers, len(heads)) is None
+    assert calibrated.rank_needs(other, engine, layers, len(heads)) is None
     sharing = UncompConfig(keep=0.5, shares="calibrated", calibration="file")
-    importance = calibrated.rank_importance(sharing, engine, layers, len(heads))
-    assert importance is not None
-    assert torch.equal(importance.shares, shares[:, layers][:, :, heads])
+    needs = calibrated.rank_needs(sharing, engine, layers, len(heads))
+    assert isinstance(needs, Importance)
+    assert torch.equal(needs.shares, shares[:, layers][:, :, heads])
+
+
+def test_a_stage_has_its_part_of_the_pyramid() -> None:
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=5))
+    )
+    needs = calibrated.rank_needs(UncompConfig(keep=0.5, shares="pyramid"), engine, [0, 2, 4], 2)
+    assert needs is not None
+    for row, share in zip(needs.at(0.5).tolist(), (1.95, 1.0, 0.05), strict=True):
+        assert row == pytest.approx([share, share])
 
 
 def test_stages_are_the_settings_own_or_those_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

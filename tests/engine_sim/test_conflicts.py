@@ -99,6 +99,17 @@ def test_gpu_takes_fp8_but_not_batch_invariance(monkeypatch: pytest.MonkeyPatch)
         check_config(config)
 
 
+def test_layers_share_on_cpus_only() -> None:
+    for device in ("cpu", "cuda"):
+        config = configuration(device)
+        config.additional_config = {"uncomp": {"keep": 0.5, "shares": "pyramid"}}
+        if device == "cpu":
+            check_config(config)
+        else:
+            with pytest.raises(ConflictError, match=r"all layers share.*set shares to 'policy'"):
+                check_config(config)
+
+
 def _set(config: Any, where: str, value: object) -> None:
     *path, name = where.split(".")
     setattr(getattr(config, path[0]) if path else config, name, value)

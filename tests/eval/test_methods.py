@@ -100,11 +100,22 @@ def test_methods_that_prune() -> None:
         server_settings(find(["early", "other"], {"early": early, "other": other}))
 
 
+def test_layers_share_where_a_method_asks() -> None:
+    assert "shares" not in server_settings(find(["uncomp", "entropy"]))
+    assert server_settings(find(["uncomp", "pyramidkv"]))["shares"] == "pyramid"
+    both = server_settings(find(["pyramidkv", "hybrid-calibrated"]), "file")
+    assert both["shares"] == "calibrated"
+    server = UncompConfig.from_mapping(both)
+    for name, shares in (("pyramidkv", "pyramid"), ("calibrated", "calibrated"), ("uncomp", None)):
+        own = request_settings(METHODS[name].request(0.25), server, 5000).own
+        assert own is not None
+        assert own.shares == (shares or "policy")
+
+
 @pytest.mark.parametrize(
     ("names", "extra", "says"),
     [
         (["best"], {}, "unknown method 'best'; there are: full, "),
-        (["pyramidkv"], {}, "not possible here: PyramidKV gives every layer"),
         (["adakv"], {"adakv": {}}, "is built in"),
         (["mine"], {"mine": {"pooling": 8, "pooling_kind": "max"}}, "must be odd"),
         (["mine"], {"mine": {"pool": 7}}, "unknown uncomp setting"),

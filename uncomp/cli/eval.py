@@ -254,7 +254,7 @@ def named_values(flag: str, given: list[str]) -> dict[str, Any]:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from uncomp.eval.methods import IMPOSSIBLE, METHODS
+    from uncomp.eval.methods import METHODS
     from uncomp.eval.tasks.registry import TASKS
 
     print("tasks")
@@ -263,6 +263,4 @@ def _list(args: argparse.Namespace) -> int:
     print("methods")
     for method in METHODS.values():
         print(f"  {method.name:32} {method.about}")
-    for name, why in IMPOSSIBLE.items():
-        print(f"  {name:32} not possible: {why}")
     return 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from uncomp.calibration.file import Calibration, CalibrationError, load
 from uncomp.calibration.plan import stage_starts
 from uncomp.config import UncompConfig
-from uncomp.importance import Importance
+from uncomp.importance import Needs, Pyramid
 from uncomp.pruning import Schedule, parse_layers
 
 
@@ -19,12 +19,13 @@ def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
     Raises:
         CalibrationError: missing or corrupt file, another model, or another truncation.
     """
-    is_read = config.uses_entropy or config.prefill_keep is not None or shares_layers(config)
+    needs_importance = config.shares == "calibrated"
+    is_read = config.uses_entropy or config.prefill_keep is not None or needs_importance
     if config.calibration is None or not is_read:
         return None
     calibration = load(config.calibration)
     calibration.check_model(hf_config)
-    if shares_layers(config):
+    if needs_importance:
         try:
             calibration.head_importance()
         except CalibrationError as error:
@@ -41,7 +42,7 @@ def load_checked(config: UncompConfig, hf_config: Any) -> Calibration | None:
 
 def shares_layers(config: UncompConfig) -> bool:
     """Whether the heads of all layers share one budget."""
-    return config.shares == "calibrated"
+    return config.shares != "policy"
 
 
 def schedule_of(config: UncompConfig, hf_config: Any) -> Schedule | None:
@@ -86,13 +87,16 @@ def rank_entropies(
     return table[layer_indices, _heads_of_rank(vllm_config, table.shape[1], heads)]
 
 
-def rank_importance(
+def rank_needs(
     config: UncompConfig, vllm_config: Any, layer_indices: list[int], heads: int
-) -> Importance | None:
+) -> Needs | None:
     """What this rank's layers and KV heads need; ``None`` if layers do not share."""
     if not shares_layers(config):
         return None
-    calibration = load_checked(config, vllm_config.model_config.hf_text_config)
+    text = vllm_config.model_config.hf_text_config
+    if config.shares == "pyramid":
+        return Pyramid(tuple(layer_indices), heads, int(text.num_hidden_layers))
+    calibration = load_checked(config, text)
     assert calibration is not None  # the settings were checked
     importance = calibration.head_importance()
     of_rank = _heads_of_rank(vllm_config, importance.shares.shape[2], heads)

@@ -27,7 +27,7 @@ from uncomp.engine.held import Bounds, Held, held_by, pad
 from uncomp.engine.moving import Survivors
 from uncomp.engine.orders import Order, Receipt
 from uncomp.engine.state import CompressedRequests
-from uncomp.importance import Importance, deal
+from uncomp.importance import Needs, deal
 from uncomp.kernels.entropy import Measure, spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
 from uncomp.kernels.select import Pooling, pool_scores, top_entries
@@ -103,7 +103,7 @@ class Compactor:
         layout: of a sub-block.
         requests: table to read from and to record in.
         calibrated: [layers, heads] entropies of this rank from a calibration file, or ``None``.
-        importance: of this rank's layers and heads: all of them share a budget; ``None``: the
+        needs: of this rank's layers and heads, which share one budget; ``None``: the
             policy deals every layer's part.
         rank: names the trace file.
     """
@@ -116,12 +116,12 @@ class Compactor:
         layout: CacheLayout,
         requests: CompressedRequests,
         calibrated: Tensor | None = None,
-        importance: Importance | None = None,
+        needs: Needs | None = None,
         rank: int = 0,
     ) -> None:
         self.config, self.policy, self.layers = config, policy, layers
         self.layout, self.requests, self.calibrated = layout, requests, calibrated
-        self.importance = importance
+        self.needs = needs
         self.heads, self.block_size = requests.heads, requests.block_size
         self._trace = Path(config.trace, f"kept-{rank}.jsonl") if config.trace else None
         if self._trace is not None:
@@ -189,18 +189,18 @@ class Compactor:
         if not self.config.relocate:
             return own
         # The self-check wants every token to end up elsewhere.
-        return own.flip(0, 1) if self.importance is not None else own.flip(1)
+        return own.flip(0, 1) if self.needs is not None else own.flip(1)
 
     def _shared(self, order: Order, held: Held, own: Tensor) -> tuple[Tensor, list[Tensor]] | None:
         """Where all layers share: counts [layers, heads], and the sub-blocks of every layer."""
-        if self.importance is None:
+        if self.needs is None:
             return None
         bounds = Bounds.of(order, held, self.config, self.block_size)
         counts = bounds.maximum(self.block_size)
         if not self.config.relocate:
             total = len(order.kept_blocks) * self.heads * len(self.layers)
             minimum = bounds.minimum(self.block_size)
-            counts = deal(self.importance, total, minimum, counts, self.config.floor)
+            counts = deal(self.needs, total, minimum, counts, self.config.floor)
         return counts, moving.assign(own, counts)
 
     def _memory(self, order: Order, held: Held) -> _Memory:

@@ -147,7 +147,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda c: c.model_config.runner_type == "pooling",
     ),
     Conflict(
-        "calibrated shares on a GPU",
+        "a budget that all layers share, on a GPU",
         "the kernels there look for a layer's entries in its own cache only",
         "set shares to 'policy'",
         lambda c: c.device_config.device_type != "cpu" and _shares_layers(c),

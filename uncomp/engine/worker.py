@@ -18,7 +18,7 @@ from uncomp.config import UncompConfig
 from uncomp.engine.by_config import ByConfig
 from uncomp.engine.calibrated import (
     rank_entropies,
-    rank_importance,
+    rank_needs,
     schedule_of,
     shares_layers,
 )
@@ -94,11 +94,9 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
 
         def compactor(config: UncompConfig) -> Compactor:
             entropies = rank_entropies(config, self.vllm_config, indices, heads)
-            importance = rank_importance(config, self.vllm_config, indices, heads)
+            needs = rank_needs(config, self.vllm_config, indices, heads)
             policy = make_policy(config)
-            return Compactor(
-                config, policy, caches, layout, requests, entropies, importance, self.rank
-            )
+            return Compactor(config, policy, caches, layout, requests, entropies, needs, self.rank)
 
         default = compactor(self._uncomp)
         logger.info(
@@ -138,8 +136,8 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
             return found
         if shares_layers(self._uncomp):
             raise RuntimeError(
-                f"uncomp: shares='calibrated' needs the caches of all layers in one piece of "
-                f"memory; this vLLM ({vllm.__version__}) has them apart (0.32 has not). Use "
-                f"another vLLM or shares='policy'"
+                f"uncomp: shares={self._uncomp.shares!r} needs the caches of all layers in one "
+                f"piece of memory; this vLLM ({vllm.__version__}) has them apart (0.32 has not). "
+                f"Use another vLLM or shares='policy'"
             )
         return None, torch.zeros(len(caches), dtype=torch.int64)
