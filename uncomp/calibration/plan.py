@@ -7,6 +7,8 @@ import torch
 
 from uncomp import grouping, policies
 from uncomp.calibration.file import Calibration, CalibrationError
+from uncomp.config import UncompConfig
+from uncomp.importance import deal
 from uncomp.stages import largest_drops
 
 #: stages of layers, as in the paper's 7B models
@@ -20,6 +22,24 @@ def stage_starts(calibration: Calibration) -> tuple[int, ...]:
     rule sums up, without its threshold per model.
     """
     return largest_drops(calibration.scores("queries", "full").mean(1).tolist(), STAGES)
+
+
+def plan_shared(
+    calibration: Calibration, *, keep: float, tokens: int, block_size: int
+) -> list[list[int]] | None:
+    """Tokens that every head keeps where all layers share one budget, [layers][KV heads].
+
+    For a prompt of `tokens` tokens kept at ratio `keep`, dealt as on the engine in blocks of
+    `block_size` tokens, at least one for each head; None if the file holds no importance.
+    """
+    if calibration.importance is None:
+        return None
+    importance = calibration.head_importance()
+    least = torch.ones(importance.shares.shape[1:], dtype=torch.int64)
+    most = torch.full_like(least, math.ceil(tokens / block_size))
+    total = max(round(keep * tokens / block_size), 1) * least.numel()
+    counts = deal(importance, total, least, most, UncompConfig.floor)
+    return (counts * block_size).clamp(max=tokens).tolist()
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the subcommand; `run` becomes its action."""
     parser = subparsers.add_parser(
         "inspect",
-        help="show a calibration file: entropies, groups and budgets of the heads, stages",
+        help="show a calibration file: importance, entropies and budgets of the heads, stages",
         description="Prints a table to stderr, the same as JSON to stdout, and draws it with "
-        "--png. The budgets are what the entropy policy deals for one prompt.",
+        "--png. The budgets are what --kv-shares calibrated and the entropy policy deal for one "
+        "prompt.",
     )
     parser.add_argument("file", metavar="FILE", help="file of `uncomp calibrate`")
     parser.add_argument("--png", metavar="OUT", help="also draw heat maps into this file")
@@ -49,7 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print and draw; 0, or 1 with the reason on stderr when the file or an option is bad."""
     from uncomp.calibration.file import CalibrationError, load
-    from uncomp.calibration.plan import plan_heads, stage_starts
+    from uncomp.calibration.plan import plan_heads, plan_shared, stage_starts
 
     try:
         calibration = load(args.file)
@@ -58,15 +59,19 @@ def run(args: argparse.Namespace) -> int:
             source=args.source, measure=args.measure, groups=args.groups, ratio=args.ratio,
             keep=args.keep, tokens=args.tokens, block_size=args.block_size,
         )  # fmt: skip
+        shared = plan_shared(
+            calibration, keep=args.keep, tokens=args.tokens, block_size=args.block_size
+        )
         if args.png:
-            _draw(args, calibration, plan)
+            _draw(args, calibration, plan, shared)
     except CalibrationError as error:
         print(f"uncomp inspect: {error}", file=sys.stderr)
         return 1
     starts = stage_starts(calibration)
-    print(_table(args, calibration, plan), file=sys.stderr)
+    print(_table(args, calibration, plan, shared), file=sys.stderr)
     print(f"Stages of --prefill-keep begin at layers {[0, *starts]}", file=sys.stderr)
-    print(json.dumps({**_summary(args, calibration, plan), "prefill_stages": starts}))
+    rest = {"kept_tokens_shared": shared, "prefill_stages": starts}
+    print(json.dumps({**_summary(args, calibration, plan), **rest}))
     return 0
 
 
@@ -88,7 +93,12 @@ def _summary(
     }
 
 
-def _table(args: argparse.Namespace, calibration: "Calibration", plan: "HeadPlan") -> str:
+def _table(
+    args: argparse.Namespace,
+    calibration: "Calibration",
+    plan: "HeadPlan",
+    shared: "list[list[int]] | None",
+) -> str:
     std = calibration.entropy[args.source][args.measure]["std"]
     lines = [
         f"{calibration.model}: {calibration.num_layers} layers, {calibration.num_kv_heads} KV "
@@ -98,18 +108,24 @@ def _table(args: argparse.Namespace, calibration: "Calibration", plan: "HeadPlan
         f"{args.tokens} at keep ratio {args.keep:g}",
         "layer  "
         + "".join(f"{f'KV head {head}':<19}" for head in range(calibration.num_kv_heads))
-        + "largest std over samples",
+        + "largest std over samples   --kv-shares calibrated keeps",
     ]
     for layer, entropies in enumerate(plan.entropy):
         cells = [
             f"{entropy:.3f} g{plan.groups[layer][head]:<2}{plan.tokens[layer][head]:>6}    "
             for head, entropy in enumerate(entropies)
         ]
-        lines.append(f"{layer:>5}  " + "".join(cells) + f"{max(std[layer]):.3f}")
+        kept = "not in this file" if shared is None else " ".join(f"{n:>5}" for n in shared[layer])
+        lines.append(f"{layer:>5}  " + "".join(cells) + f"{max(std[layer]):<27.3f}{kept}")
     return "\n".join(lines)
 
 
-def _draw(args: argparse.Namespace, calibration: "Calibration", plan: "HeadPlan") -> None:
+def _draw(
+    args: argparse.Namespace,
+    calibration: "Calibration",
+    plan: "HeadPlan",
+    shared: "list[list[int]] | None",
+) -> None:
     from uncomp.calibration.draw import Panel, draw
 
     top = min(args.groups, calibration.num_kv_heads) - 1
@@ -127,6 +143,9 @@ def _draw(args: argparse.Namespace, calibration: "Calibration", plan: "HeadPlan"
             "tokens", plan.tokens, "BuPu", "{:.0f}", origin=0.0,
         ),
     ]  # fmt: skip
+    if shared is not None:
+        title = f"The same where all layers share (keep ratio {args.keep:g})"
+        panels.append(Panel(title, "tokens", shared, "BuPu", "{:.0f}", origin=0.0))
     samples, length = calibration.samples, calibration.tokens_per_sample
-    title = f"{calibration.model}: heads by entropy, {samples} samples of {length} tokens"
+    title = f"{calibration.model}: its heads, {samples} samples of {length} tokens"
     draw(args.png, title, panels)
