@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uncomp.eval.ablation import choose, features, per_prompt, variants
+from uncomp.eval.ablation.heads import spearman
 from uncomp.eval.ablation.measure import Case, measure, reference_spans, signs
 from uncomp.eval.ablation.replay import Replay
 from uncomp.eval.ablation.shared import both, forget
@@ -231,3 +232,11 @@ def test_a_sign_that_knows_saves_bytes_and_one_that_does_not_saves_none(helpful:
         assert line["kl"] < 0.15
     else:
         assert line["low"] < 0 < line["high"]
+
+
+def test_rank_correlation() -> None:
+    a = torch.tensor([[0.1, 0.5], [0.3, 0.2]])
+    assert spearman(a, a**3) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+    assert spearman(a, torch.tensor([[1.0, 2.0], [4.0, 3.0]])) == pytest.approx(0.4)
+    assert spearman(a, torch.ones(2, 2)) == 0
