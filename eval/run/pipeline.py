@@ -96,7 +96,7 @@ def check(plan: Plan) -> list[Method]:
     missing = [m.name for m in chosen if m.calibrated]
     if missing and plan.calibration is None and plan.base_url is None:
         raise PlanError(
-            f"{', '.join(missing)}: entropies of queries come from a calibration file: run "
+            f"{', '.join(missing)}: what is known of the heads comes from a calibration file: run "
             f"`uncomp calibrate {plan.model} -o FILE` and give --calibration FILE"
         )
     return chosen

@@ -16,10 +16,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from uncomp.calibration.collect import calibrate, load_model, sample_entropies
 from uncomp.calibration.file import CalibrationError, load
 from uncomp.calibration.plan import plan_heads
+from uncomp.calibration.second_reading import REQUEST, measure_importance
 from uncomp.calibration.text import Text
 from uncomp.cli import calibrate as calibrate_command
 from uncomp.cli import inspect as inspect_command
 from uncomp.config import MEASURES, SOURCES
+from uncomp.importance import KEEPS
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 3, 6, 2, 8, 96
 SIZES: dict[str, Any] = {
@@ -109,6 +111,43 @@ def test_equals_direct_computation(
     assert collected[:, 0].std() > 1e-3
 
 
+@pytest.mark.parametrize("longest", [None, 150], ids=["roomy", "short"])
+def test_importance_equals_direct_computation(
+    model: LlamaForCausalLM, ids: list[int], longest: int | None
+) -> None:
+    """What queries of the second reading attend to most, ranked over all heads of all layers."""
+    found = measure_importance(model, tokenizer, [ids, ids[::-1]], longest)
+    request = tokenizer(REQUEST)["input_ids"]
+    tokens = TOKENS if longest is None else (longest - len(request)) // 2
+    assert (found["samples"], found["tokens"], found["keeps"]) == (2, tokens, list(KEEPS))
+    expected = torch.zeros(len(KEEPS), LAYERS, KV_HEADS, dtype=torch.float64)
+    for text in (ids[:tokens], ids[::-1][:tokens]):
+        scores = []
+        for layer in projections(model, [*text, *request, *text]):
+            keys = layer["keys"].repeat_interleave(HEADS // KV_HEADS, 0)
+            logits = layer["queries"] @ keys.transpose(1, 2) / HEAD_DIM**0.5
+            future = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
+            weights = logits.masked_fill(future, float("-inf")).softmax(-1)
+            most = weights[:, tokens:, :tokens].amax(1)
+            scores.append(most.view(KV_HEADS, -1, tokens).amax(1))
+        ranked = torch.stack(scores).flatten().sort(descending=True).values
+        for i, keep in enumerate(KEEPS):
+            least = ranked[max(1, round(keep * len(ranked))) - 1]
+            expected[i] += (torch.stack(scores) >= least).double().mean(-1) / 2
+    # An entry at the border may fall on either side: sums are in another order.
+    torch.testing.assert_close(
+        torch.tensor(found["shares"], dtype=torch.float64), expected, atol=1.1 / tokens, rtol=0
+    )
+    assert expected[2].std() > 0.05
+
+
+def test_models_too_short_to_read_twice_are_refused(
+    model: LlamaForCausalLM, ids: list[int]
+) -> None:
+    with pytest.raises(CalibrationError, match="30 positions, too few to read a text twice"):
+        measure_importance(model, tokenizer, [ids], 30)
+
+
 def test_model_is_left_as_it_was(model: LlamaForCausalLM, ids: list[int]) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -147,6 +186,7 @@ def test_calibration_is_decided_by_the_seed(model: LlamaForCausalLM) -> None:
         for seed in (1, 1, 2)
     )
     assert first.entropy == again.entropy
+    assert first.importance == again.importance
     assert first.entropy != other.entropy
     assert first.truncation == HEAD_DIM // 4
     first.check_model(model.config)

@@ -101,7 +101,7 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
         default = compactor(self._uncomp)
         logger.info(
             "uncomp is active in worker %d (pid %d): %s, %d layers, %d KV heads, block size %d, "
-            "keys stored %s, entropies %s",
+            "keys stored %s, entropies %s, shares by %s",
             self.rank,
             os.getpid(),
             self._backend_path(),
@@ -110,6 +110,9 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
             block_size,
             layout.key.kind,
             "calibrated" if default.calibrated is not None else "from the prompt",
+            "policy, layer by layer"
+            if default.needs is None
+            else f"{self._uncomp.shares}, over all",
         )
         compactors = ByConfig(default, compactor)
         seat = Seat(requests, ring, compactors, self._row_ids, self._host_row)
