@@ -1,6 +1,7 @@
 """When a request is compacted and how many blocks stay."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,13 @@ def target(
     compact_at: int | None = None,
     **settings: int | bool,
 ) -> Target:
-    given = {"window": 8, "sinks": 4, "min_tokens": 1, "recompact_every": 64} | settings
+    given = {
+        "window": 8,
+        "recent": 8,
+        "sinks": 4,
+        "min_tokens": 1,
+        "recompact_every": 64,
+    } | settings
     own = RequestSettings(compress, keep, budget, protect, compact_at=compact_at)
     return Target(settings=own, block_size=block_size, **given)  # type: ignore[arg-type]
 
@@ -28,9 +35,10 @@ def target(
 @st.composite
 def targets(draw: st.DrawFn) -> Target:
     window, sinks = draw(st.integers(1, 40)), draw(st.integers(0, 20))
+    recent = draw(st.sampled_from([window, 1, 50]))
     keep, budget = draw(st.floats(0.01, 1)), None
     if draw(st.booleans()):
-        keep, budget = None, draw(st.integers(window + sinks, 2000))
+        keep, budget = None, draw(st.integers(recent + sinks, 2000))
     spans = draw(st.sampled_from([(), ((0, 30),), ((3, 9), (100, 160))]))
     return target(
         keep,
@@ -38,6 +46,7 @@ def targets(draw: st.DrawFn) -> Target:
         block_size=draw(st.sampled_from([1, 2, 16, 32, 128])),
         protect=spans,
         window=window,
+        recent=recent,
         sinks=sinks,
         min_tokens=draw(st.integers(1, 300)),
         recompact_every=draw(st.integers(0, 600)),
@@ -54,7 +63,7 @@ def test_held_tokens_are_within_a_block_of_the_budget(plan: Target, tokens: int)
     full = tokens // plan.block_size
     tail = tokens % plan.block_size
     kept = plan.kept_blocks(tokens)
-    forced = plan.sinks + plan.window + plan.settings.protected_tokens
+    forced = plan.sinks + plan.recent + plan.settings.protected_tokens
     assert 0 <= kept <= full
     budget = plan.budget_tokens(tokens)
     least = max(1, math.ceil(forced / plan.block_size))
@@ -68,7 +77,7 @@ def test_held_tokens_are_within_a_block_of_the_budget(plan: Target, tokens: int)
 
 @given(targets(), LENGTHS)
 def test_every_head_has_room_for_what_must_stay(plan: Target, tokens: int) -> None:
-    forced = plan.sinks + plan.window + plan.settings.protected_tokens
+    forced = plan.sinks + plan.recent + plan.settings.protected_tokens
     kept = plan.kept_blocks(tokens) * plan.block_size
     assert kept >= min(forced, tokens // plan.block_size * plan.block_size)
 
@@ -167,5 +176,7 @@ def test_relocation_moves_every_full_block_whenever_there_is_one() -> None:
 def test_target_of_a_configuration() -> None:
     config = UncompConfig(keep=0.5, window=16, sinks=2, min_tokens=77, recompact_every=5)
     settings = RequestSettings(True, 0.5, None)
-    expected = Target(settings, 16, 2, 77, 5, 32, False)
+    expected = Target(settings, 16, 16, 2, 77, 5, 32, False)
     assert Target.of(settings, config, 32) == expected
+    fewer = Target.of(settings, replace(config, recent=5), 32)
+    assert (fewer.window, fewer.recent) == (16, 5)

@@ -74,11 +74,16 @@ class UncompConfig:
             "adakv, else the policy"
         ),
     )
-    window: int = field(
-        default=32, metadata=_meta("last queries that score the tokens; their own tokens stay")
-    )
+    window: int = field(default=32, metadata=_meta("last queries that score the tokens"))
     window_reduce: str = field(
         default="max", metadata=_meta("how the scores of the queries of the window combine")
+    )
+    recent: int | None = field(
+        default=None,
+        metadata=_meta(
+            "last tokens that every head keeps (default: the window's); fewer leave heads that "
+            "need little of the cache more of it to others"
+        ),
     )
     sinks: int = field(default=4, metadata=_meta("first tokens that always stay"))
     pooling: int = field(
@@ -214,7 +219,8 @@ class UncompConfig:
         if self.prefill_keep is not None:
             self._check_prefill(self.prefill_keep)
         self._check_range("prefill_floor", self.prefill_floor, 0)
-        self._check_range("budget", self.budget, self.window + self.sinks)
+        self._check_range("recent", self.recent, 1)
+        self._check_range("budget", self.budget, self.recent_tokens + self.sinks)
         self._check_range("window", self.window, 1, 256)
         self._check_range("sinks", self.sinks, 0)
         self._check_range("pooling", self.pooling, 1, 1024)
@@ -276,6 +282,11 @@ class UncompConfig:
             parse_layers(self.prefill_stages)
 
     @property
+    def recent_tokens(self) -> int:
+        """Last tokens that every head keeps."""
+        return self.window if self.recent is None else self.recent
+
+    @property
     def policy_name(self) -> str:
         """The policy behind a preset (``uncomp-v1`` is the entropy policy)."""
         return "entropy" if self.policy in PRESETS else self.policy
@@ -329,7 +340,7 @@ class UncompConfig:
     def _check_range(name: str, value: int | None, low: int, high: int | None = None) -> None:
         if value is not None and (value < low or (high is not None and value > high)):
             bound = f"at least {low}" if high is None else f"between {low} and {high}"
-            why = " (window + sinks, which always stay)" if name == "budget" else ""
+            why = " (recent tokens + sinks, which always stay)" if name == "budget" else ""
             raise ValueError(f"{name}={value}: must be {bound}{why}")
 
     @staticmethod

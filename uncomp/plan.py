@@ -19,7 +19,8 @@ class Target:
 
     Attributes:
         settings: the request's merged settings.
-        window, sinks: tokens that always stay (see :class:`UncompConfig`).
+        window: last queries that score.
+        recent, sinks: tokens that always stay (see :class:`UncompConfig`).
         min_tokens: shorter sequences stay whole.
         recompact_every: tail growth between compactions, tokens; 0 = only one compaction.
         block_size: tokens per block.
@@ -28,6 +29,7 @@ class Target:
 
     settings: RequestSettings
     window: int
+    recent: int
     sinks: int
     min_tokens: int
     recompact_every: int
@@ -39,6 +41,7 @@ class Target:
         return cls(
             settings,
             config.window,
+            config.recent_tokens,
             config.sinks,
             config.min_tokens,
             config.recompact_every,
@@ -64,7 +67,7 @@ class Target:
             return full
         tail = num_tokens - full * self.block_size
         wanted = math.ceil((self.budget_tokens(num_tokens) - tail) / self.block_size)
-        forced = self.sinks + self.window + self.settings.protected_tokens
+        forced = self.sinks + self.recent + self.settings.protected_tokens
         return min(full, max(1, wanted, math.ceil(forced / self.block_size)))
 
     def worthwhile(self, num_tokens: int, held_blocks: int) -> bool:

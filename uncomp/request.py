@@ -189,7 +189,7 @@ def _ratio(value: Any, name: str = "kv_keep") -> float:
 
 
 def _budget(value: Any, config: UncompConfig) -> int:
-    least = config.window + config.sinks
+    least = config.recent_tokens + config.sinks
     try:
         number = float(value)
         tokens = int(number)
@@ -198,7 +198,7 @@ def _budget(value: Any, config: UncompConfig) -> int:
     if isinstance(value, bool) or tokens != number or tokens < least:
         raise RequestError(
             f"kv_budget={value!r}: must be a whole number of tokens, at least {least} "
-            f"(the window and the first tokens always stay)"
+            f"(the most recent and the first tokens always stay)"
         )
     return tokens
 

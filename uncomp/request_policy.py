@@ -17,6 +17,7 @@ from uncomp.config import PRESETS, UncompConfig
 SETTABLE = (
     "window",
     "window_reduce",
+    "recent",
     "sinks",
     "pooling",
     "pooling_kind",

@@ -173,7 +173,7 @@ def test_doctor_needs_a_plugin_that_is_loaded(
 
 def target(keep: float, recompact_every: int = 512) -> Target:
     settings = RequestSettings(True, keep, None)
-    return Target(settings, 8, 4, 256, recompact_every, 32)
+    return Target(settings, 8, 8, 4, 256, recompact_every, 32)
 
 
 def test_expected_blocks_of_one_compaction() -> None:

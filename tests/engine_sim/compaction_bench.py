@@ -163,7 +163,7 @@ class Bench:
         width = view.keys.shape[1]
         scores = [part.score(view).tolist() for part in self.policy.parts()]
         raw = scores[0]
-        recent = order.num_tokens - self.config.window
+        recent = order.num_tokens - self.config.recent_tokens
         parts = [torch.full((HEADS, width), -math.inf).double() for _ in scores]
         eligible = torch.zeros(HEADS, width)
         forced: list[set[int]] = []
@@ -201,7 +201,7 @@ class Bench:
     def shared_deal(self, order: Order) -> Tensor:
         """What the heads of all layers get, from the lists."""
         assert self.importance is not None
-        end, recent = order.full_blocks * SIZE, order.num_tokens - self.config.window
+        end, recent = order.full_blocks * SIZE, order.num_tokens - self.config.recent_tokens
         least = torch.zeros(LAYERS, HEADS, dtype=torch.int64)
         most = torch.zeros_like(least)
         for layer, heads in enumerate(self.held):

@@ -59,6 +59,20 @@ def test_layers_share_one_budget(policy: str, layout: str) -> None:
         assert moved > 0
 
 
+@pytest.mark.parametrize("recent", [1, 7])
+@pytest.mark.parametrize("policy", ["adakv", "hybrid", "streaming"])
+def test_what_stays_need_not_be_the_window(policy: str, recent: int) -> None:
+    bench = Bench(config(policy=policy, recent=recent), LAYOUTS["plain"], 42, recent)
+    for growth in (0, 7):
+        for _ in range(growth):
+            bench.append(bench.tokens)
+            bench.tokens += 1
+        bench.run(bench.order(5, (), exchange=True))
+        for head in bench.held[0]:
+            last = [p for p, *_ in head if p >= bench.tokens - recent]
+            assert last == [*range(bench.tokens - recent, bench.tokens)]
+
+
 @pytest.mark.parametrize("policy", ["adakv", "uniform"])
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_scores_are_handed_on(policy: str, length: int) -> None:

@@ -180,7 +180,13 @@ class DeviceCompactor:
         positions = self.positions[start:stop]
         mark = self.clock.mark()
         terms = Terms(
-            rows, holdings, positions, facts.full, facts.protect, config.sinks, config.window
+            rows,
+            holdings,
+            positions,
+            facts.full,
+            facts.protect,
+            config.sinks,
+            config.recent_tokens,
         )
         eligible, forced = limits(terms)
         maximum = eligible.long() // caches.block_size

@@ -142,7 +142,7 @@ class DeviceSeat:
         compactor, name = self.compactors.default, "uncomp-warm-up"
         config = compactor.config
         size = caches.block_size
-        blocks = 3 + -(-(config.window + config.sinks) // size)
+        blocks = 3 + -(-(max(config.window, config.recent_tokens) + config.sinks) // size)
         if caches.tensors[0].shape[0] <= blocks:
             raise RuntimeError(f"uncomp: a cache of at least {blocks + 1} blocks is needed")
         for cache in caches.tensors:

@@ -39,7 +39,7 @@ class Bounds:
         valid: holds a token.
         eligible: valid, and the choice is made from it (not the tail).
         forced: eligible, and stays in any case.
-        recent: in the window, or padding.
+        recent: of the last tokens, which stay, or padding.
     """
 
     valid: Tensor
@@ -52,7 +52,7 @@ class Bounds:
         positions, limit = held.positions, order.full_blocks * block_size
         valid = torch.arange(positions.shape[2]) < held.lengths.unsqueeze(2)
         eligible = valid & (positions < limit)
-        recent = positions >= order.num_tokens - config.window
+        recent = positions >= order.num_tokens - config.recent_tokens
         forced = eligible & ((positions < config.sinks) | recent)
         for start, end in order.protect:
             forced |= eligible & (positions >= start) & (positions < end)
