@@ -21,13 +21,8 @@ def target(
     compact_at: int | None = None,
     **settings: int | bool,
 ) -> Target:
-    given = {
-        "window": 8,
-        "recent": 8,
-        "sinks": 4,
-        "min_tokens": 1,
-        "recompact_every": 64,
-    } | settings
+    given = {"window": 8, "recent": 8, "sinks": 4, "min_tokens": 1, "recompact_every": 64}
+    given |= settings
     own = RequestSettings(compress, keep, budget, protect, compact_at=compact_at)
     return Target(settings=own, block_size=block_size, **given)  # type: ignore[arg-type]
 

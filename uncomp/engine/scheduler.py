@@ -54,8 +54,8 @@ class _Compacting(_Base):
             wide_rows=self.vllm_config.parallel_config.worker_cls == CPU_WORKER,
         )
         logger.info(
-            "uncomp is active in the scheduler: policy=%s %s, window=%d, recent=%d, sinks=%d, pooling=%s %d, "
-            "min_tokens=%d, recompact_every=%d, block size %d, %d blocks",
+            "uncomp is active in the scheduler: policy=%s %s, window=%d, recent=%d, sinks=%d, "
+            "pooling=%s %d, min_tokens=%d, recompact_every=%d, block size %d, %d blocks",
             config.policy,
             f"keep={config.keep}" if config.keep is not None else f"budget={config.budget}",
             config.window,
