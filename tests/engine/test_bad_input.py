@@ -38,7 +38,7 @@ def _configure(model: Path, settings: Any, **arguments: Any) -> Any:
         ({}, "exactly one of keep .* and budget"),
         ({"keep": 0.5, "budget": 512}, "exactly one of keep .* and budget"),
         ({"budget": 35}, "budget=35: must be at least 36.*recent"),
-        ({"budget": 100, "window": 97}, "budget=100: must be at least 101.*window"),
+        ({"budget": 100, "window": 97}, "budget=100: must be at least 101.*recent"),
         ({"keep": 0.25, "policy": "entropyy"}, "policy='entropyy'.*entropy.*uniform"),
         ({"keep": 0.25, "pooling": 4, "pooling_kind": "max"}, "pooling=4: must be odd"),
         ({"keep": 0.25, "pooling": 4096}, "pooling=4096: must be between 1 and 1024"),
