@@ -54,9 +54,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a core for each rank")
-@pytest.mark.parametrize("kind", RANKS)
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [("tensor", "policy"), ("tensor", "pyramid"), ("pipeline", "policy")],
+    ids=["tensor", "tensor, layers share", "pipeline"],
+)
 def test_two_ranks_answer_as_the_masked_reference(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shares: str
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -64,7 +68,7 @@ def test_two_ranks_answer_as_the_masked_reference(
     prompts = [torch.randint(1, 500, (n,), generator=random).tolist() for n in (60, 300, 420)]
     asks = [Ask(f"{len(p)} tokens", tuple(p), tokens=40) for p in prompts]
     asks.append(Ask("off", asks[1].prompt[:150], tokens=10, extra=OFF))
-    settings: dict[str, Any] = {**SETTINGS, "trace": str(tmp_path)}
+    settings: dict[str, Any] = {**SETTINGS, "shares": shares, "trace": str(tmp_path)}
     if kind == "tensor":
         settings |= PRUNING
         asks.append(Ask("pruned", asks[2].prompt, tokens=40, extra={"kv_prefill_keep": 0.5}))
@@ -93,16 +97,17 @@ def test_two_ranks_answer_as_the_masked_reference(
         ranks = [read(tmp_path / f"kept-{rank}.jsonl", answer.request_id) for rank in range(2)]
         trace = []
         for records in zip(*ranks, strict=True):
-            shares = [r["kept"] for r in records]
+            parts = [r["kept"] for r in records]
             if kind == "tensor":
-                kept = [a + b for a, b in zip(*shares, strict=True)]
+                kept = [a + b for a, b in zip(*parts, strict=True)]
             else:
-                kept = shares[0] + shares[1]
+                kept = parts[0] + parts[1]
             trace.append({**records[0], "kept": kept})
             # All ranks free the same blocks, so all keep the same number of entries in a layer.
             sums = [[sum(map(len, heads)) for heads in r["kept"]] for r in records]
             assert sums[0] == sums[1]
-            unequal |= any(len({len(head) for head in heads}) > 1 for heads in kept)
+            among = kept if shares == "policy" else [[head for heads in kept for head in heads]]
+            unequal |= any(len({len(head) for head in heads}) > 1 for heads in among)
         pruned = [read(tmp_path / f"pruned-{rank}.jsonl", answer.request_id) for rank in range(2)]
         assert pruned[0] == pruned[1]
         chosen += [name] * len(pruned[0])
