@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from uncomp import policies
-from uncomp.config import MEASURES, OVERRIDES, PREFILL_SCORES, PRESETS, SOURCES, UncompConfig
+from uncomp.config import (
+    FLOORS,
+    MEASURES,
+    OVERRIDES,
+    PREFILL_SCORES,
+    PRESETS,
+    SHARES,
+    SOURCES,
+    UncompConfig,
+)
 from uncomp.pruning import CHOICES
 
 
@@ -17,6 +26,14 @@ def test_defaults() -> None:
     assert (config.window, config.window_reduce, config.sinks) == (32, "max", 4)
     assert (config.pooling, config.pooling_kind) == (16, "ema")
     assert config.to_dict() == {"keep": 0.25}
+
+
+def test_every_way_to_share_has_a_floor_of_its_own() -> None:
+    assert UncompConfig(keep=0.5).least_share == 0.2
+    assert UncompConfig(keep=0.5, shares="calibrated", calibration="file").least_share == 0.5
+    assert UncompConfig(keep=0.5, shares="pyramid").least_share == 0
+    assert UncompConfig(keep=0.5, shares="pyramid", floor=0.3).least_share == 0.3
+    assert set(FLOORS) == set(SHARES)
 
 
 def test_scores_of_pruning_are_those_there_are() -> None:

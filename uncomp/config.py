@@ -17,6 +17,8 @@ REDUCTIONS = ("sum", "max")
 POOLINGS = ("max", "ema")
 PREFILL_SCORES = ("handed-on", "attention")
 SHARES = ("policy", "calibrated", "pyramid")
+#: shares -> `floor` where it is not given
+FLOORS = {"policy": 0.2, "calibrated": 0.5, "pyramid": 0.0}
 OVERRIDES = ("allow", "tighten", "forbid")
 
 #: Published settings (method: UNComp). ``from_mapping`` fills them in where nothing is given.
@@ -108,11 +110,11 @@ class UncompConfig:
             "pyramid: less from layer to layer (PyramidKV)"
         ),
     )
-    floor: float = field(
-        default=0.2,
+    floor: float | None = field(
+        default=None,
         metadata=_meta(
-            "adakv policy and calibrated shares: share of an equal budget that every head keeps "
-            "in any case, 0..1; 1 is equal shares"
+            "share of an equal budget that every head keeps in any case, 0..1; 1 is equal shares "
+            "(default: 0.2 in the adakv policy, 0.5 where shares are calibrated, 0 in a pyramid)"
         ),
     )
     equal_from: int = field(
@@ -238,7 +240,7 @@ class UncompConfig:
             )
         if not self.ratio >= 1:
             raise ValueError(f"ratio={self.ratio}: must be at least 1 (use reverse to flip)")
-        if not 0 <= self.floor <= 1:
+        if self.floor is not None and not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor}: must be in [0, 1]")
         if not 0 < self.attention_share < 1:
             raise ValueError(
@@ -285,6 +287,11 @@ class UncompConfig:
     def recent_tokens(self) -> int:
         """Last tokens that every head keeps."""
         return self.window if self.recent is None else self.recent
+
+    @property
+    def least_share(self) -> float:
+        """Share of an equal budget that every head keeps in any case."""
+        return FLOORS[self.shares] if self.floor is None else self.floor
 
     @property
     def policy_name(self) -> str:

@@ -216,7 +216,7 @@ class Bench:
                 ]
                 most[layer, h], least[layer, h] = len(inside) // SIZE, -(-len(forced) // SIZE)
         total = len(order.kept_blocks) * HEADS * LAYERS
-        found = deal(self.importance, total, least, most, self.config.floor)
+        found = deal(self.importance, total, least, most, self.config.least_share)
         assert int(found.sum()) == min(total, int(most.sum()))
         return found
 

@@ -7,7 +7,7 @@ import torch
 
 from uncomp import grouping, policies
 from uncomp.calibration.file import Calibration, CalibrationError
-from uncomp.config import UncompConfig
+from uncomp.config import FLOORS
 from uncomp.importance import deal
 from uncomp.stages import largest_drops
 
@@ -38,7 +38,7 @@ def plan_shared(
     least = torch.ones(importance.shares.shape[1:], dtype=torch.int64)
     most = torch.full_like(least, math.ceil(tokens / block_size))
     total = max(round(keep * tokens / block_size), 1) * least.numel()
-    counts = deal(importance, total, least, most, UncompConfig.floor)
+    counts = deal(importance, total, least, most, FLOORS["calibrated"])
     return (counts * block_size).clamp(max=tokens).tolist()
 
 

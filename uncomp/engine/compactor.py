@@ -200,7 +200,7 @@ class Compactor:
         if not self.config.relocate:
             total = len(order.kept_blocks) * self.heads * len(self.layers)
             minimum = bounds.minimum(self.block_size)
-            counts = deal(self.needs, total, minimum, counts, self.config.floor)
+            counts = deal(self.needs, total, minimum, counts, self.config.least_share)
         return counts, moving.assign(own, counts)
 
     def _memory(self, order: Order, held: Held) -> _Memory:

@@ -51,7 +51,7 @@ def make_policy(config: UncompConfig) -> policies.Policy:
             **scores,
         },
         "uniform": scores,
-        "adakv": {"floor": config.floor, "equal_from": config.equal_from, **scores},
+        "adakv": {"floor": config.least_share, "equal_from": config.equal_from, **scores},
         "hybrid": {"attention_share": config.attention_share, **scores},
         "random": {"seed": config.seed},
     }
