@@ -31,6 +31,9 @@ def test_defaults() -> None:
 def test_every_way_to_share_has_a_floor_of_its_own() -> None:
     assert UncompConfig(keep=0.5).least_share == 0.2
     assert UncompConfig(keep=0.5, shares="calibrated", calibration="file").least_share == 0.5
+    early = UncompConfig(keep=0.5, shares="calibrated", calibration="file", policy="hybrid")
+    assert early.least_share == 0.2
+    assert UncompConfig(keep=0.5, policy="hybrid", shares="pyramid").least_share == 0
     assert UncompConfig(keep=0.5, shares="pyramid").least_share == 0
     assert UncompConfig(keep=0.5, shares="pyramid", floor=0.3).least_share == 0.3
     assert set(FLOORS) == set(SHARES)
