@@ -114,8 +114,8 @@ class UncompConfig:
         default=None,
         metadata=_meta(
             "share of an equal budget that every head keeps in any case, 0..1; 1 is equal shares "
-            "(default: 0.5 where shares are calibrated, but 0.2 with the hybrid policy, which is for "
-            "questions to come; 0.2 in the adakv policy; 0 in a pyramid)"
+            "(default: 0.5 where shares are calibrated, but 0.2 with the hybrid policy, which is "
+            "for questions to come; 0.2 in the adakv policy; 0 in a pyramid)"
         ),
     )
     equal_from: int = field(
