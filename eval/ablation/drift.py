@@ -1,9 +1,9 @@
-"""Does a cache that is compacted while it grows drift? `python -m uncomp.eval.ablation.drift MODEL`
+"""Does a cache drift that is compacted while it grows?
 
-The live engine is made to say how a text really goes on, thousands of tokens after a prompt, with
+`python -m uncomp.eval.ablation.drift MODEL -o FILE.csv`: the live engine is made to say how a text really goes on, thousands of tokens after a prompt, with
 its full cache and with caches that are compacted at other intervals. Per stretch of tokens: the KL
 divergence from the full cache and the likelihood that is lost. Drift is a loss that grows from one
-stretch to the next. CSV on stdout.
+stretch to the next.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from uncomp.eval.engines.base import Answer, Ask
@@ -108,9 +109,10 @@ def main() -> None:
         print(f"{answer.key}: {answer.seconds:.0f} s, {answer.kept}", file=sys.stderr, flush=True)
     engine.close()
     table = rows(answers, args.stretch)
-    writer = csv.DictWriter(sys.stdout, table[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def _arguments() -> argparse.Namespace:
@@ -120,6 +122,7 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model")
+    parser.add_argument("-o", "--out", required=True, type=Path, help="CSV to write")
     parser.add_argument("--calibration", help="file of `uncomp calibrate`: calibrated shares too")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens")
     parser.add_argument("--tokens", type=int, default=3072, help="forced after the prompt")
