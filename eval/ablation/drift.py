@@ -1,9 +1,9 @@
 """Does a cache drift that is compacted while it grows?
 
-`python -m uncomp.eval.ablation.drift MODEL -o FILE.csv`: the live engine is made to say how a text really goes on, thousands of tokens after a prompt, with
-its full cache and with caches that are compacted at other intervals. Per stretch of tokens: the KL
-divergence from the full cache and the likelihood that is lost. Drift is a loss that grows from one
-stretch to the next.
+`python -m uncomp.eval.ablation.drift MODEL -o FILE.csv`: the live engine is made to say how a text
+really goes on, thousands of tokens after a prompt, with its full cache and with caches that are
+compacted at other intervals. Per stretch of tokens: the KL divergence from the full cache and the
+likelihood that is lost. Drift is a loss that grows from one stretch to the next.
 """
 
 from __future__ import annotations
