@@ -79,6 +79,9 @@ def test_layers_share_for_a_request_only_where_the_server_has_read_the_file(tmp_
         own(UncompConfig(**file), kv_settings={"shares": "pyramid"})
     with pytest.raises(RequestError, match="shares='calibrated'"):
         own(UncompConfig(**file, shares="pyramid"), kv_settings={"shares": "calibrated"})
+    as_published = own(UncompConfig(**file, recent=3), kv_policy="uncomp-v1")
+    assert as_published is not None
+    assert as_published.recent_tokens == as_published.window == 8
     for given, shares in (
         ({"kv_settings": {"pooling": 7}}, "calibrated"),
         ({"kv_settings": {"shares": "policy"}}, "policy"),

@@ -33,6 +33,7 @@ _PUBLISHED = {
     "measure": "raw",
     "source": "queries",
     "shares": "policy",
+    "recent": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # two groups with budgets 512 and 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from uncomp.eval.ablation import choose, features, per_prompt, variants
-from uncomp.eval.ablation.heads import spearman
+from uncomp.eval.ablation.heads import between, spearman
 from uncomp.eval.ablation.measure import Case, measure, reference_spans, signs
 from uncomp.eval.ablation.replay import Replay
 from uncomp.eval.ablation.shared import both, forget
@@ -240,3 +241,15 @@ def test_rank_correlation() -> None:
     assert spearman(a, -a) == pytest.approx(-1)
     assert spearman(a, torch.tensor([[1.0, 2.0], [4.0, 3.0]])) == pytest.approx(0.4)
     assert spearman(a, torch.ones(2, 2)) == 0
+
+
+def test_importance_of_two_texts() -> None:
+    def file(shares: list[list[float]]) -> Any:
+        measured = Importance((0.5,), torch.tensor([shares], dtype=torch.float64))
+        return SimpleNamespace(model="m", head_importance=lambda: measured)
+
+    first, other = file([[0.1, 0.9], [0.4, 0.6]]), file([[0.2, 1.0], [0.5, 0.7]])
+    [row] = between(first, other, ("a", "b"), [0.5])
+    assert (row["texts"], row["correlation"]) == ("a / b", 1.0)
+    [row] = between(first, file([[0.9, 0.1], [0.6, 0.4]]), ("a", "b"), [0.5])
+    assert row["correlation"] == -1.0

@@ -216,10 +216,8 @@ def _from_json(content: Any) -> Calibration:
             f"has format version {version!r}, this uncomp reads {FORMAT_VERSION}: calibrate again"
         )
     names = {field.name for field in fields(Calibration)}
-    missing, unknown = (
-        sorted(names - content.keys() - {"importance"}),
-        sorted(content.keys() - names),
-    )
+    missing = sorted(names - content.keys() - {"importance"})
+    unknown = sorted(content.keys() - names)
     if missing or unknown:
         raise CalibrationError(f"missing fields {missing}, unknown fields {unknown}")
     return Calibration(**content)

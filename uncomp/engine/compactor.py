@@ -142,14 +142,15 @@ class Compactor:
             self.requests.extend(slot, row, math.ceil(order.num_tokens / self.block_size))
         own = self._sub_blocks(order)
         held = held_by(self.requests, order, row)
+        bounds = Bounds.of(order, held, self.config, self.block_size)
         memory = self._memory(order, held)
-        shared = self._shared(order, held, own)
+        shared = self._shared(order, bounds, own)
         parts = []
         for first in range(0, len(self.layers), _GROUP):
             group = slice(first, first + _GROUP)
             given = (shared[0][group], shared[1][group]) if shared else None
-            part = self._compact(order, group, held.part(group), queries, own, given, memory)
-            parts.append(part)
+            here = held.part(group), bounds.part(group)
+            parts.append(self._compact(order, group, *here, queries, own, given, memory))
         for part in parts:
             for survivors in part.unwritten:
                 survivors.write(self.layout)
@@ -191,11 +192,12 @@ class Compactor:
         # The self-check wants every token to end up elsewhere.
         return own.flip(0, 1) if self.needs is not None else own.flip(1)
 
-    def _shared(self, order: Order, held: Held, own: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+    def _shared(
+        self, order: Order, bounds: Bounds, own: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
         """Where all layers share: counts [layers, heads], and the sub-blocks of every layer."""
         if self.needs is None:
             return None
-        bounds = Bounds.of(order, held, self.config, self.block_size)
         counts = bounds.maximum(self.block_size)
         if not self.config.relocate:
             total = len(order.kept_blocks) * self.heads * len(self.layers)
@@ -223,6 +225,7 @@ class Compactor:
         order: Order,
         group: slice,
         held: Held,
+        bounds: Bounds,
         queries: Tensor | None,
         own: Tensor,
         given: tuple[Tensor, list[Tensor]] | None,
@@ -231,7 +234,7 @@ class Compactor:
         """One group of layers; `given`: counts and sub-blocks, where all layers share."""
         start = time.perf_counter()
         raw, entropy = self._measure(order, group, held, queries, memory)
-        counts, chosen = self._choose(order, held, raw, entropy, given[0] if given else None)
+        counts, chosen = self._choose(order, bounds, raw, entropy, given[0] if given else None)
         seconds = time.perf_counter() - start
         dealt = given[1] if given else moving.assign(own[group], counts)
         positions, unwritten = self._move(self.layers[group], held, chosen, dealt, bool(given))
@@ -308,14 +311,13 @@ class Compactor:
     def _choose(
         self,
         order: Order,
-        held: Held,
+        bounds: Bounds,
         parts: list[Tensor],
         entropy: Tensor | None,
         counts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Sub-blocks per head [layers, heads] (the given ones, if any) and chosen entries [layers,
         heads, K] (ascending, padded with -1)."""
-        bounds = Bounds.of(order, held, self.config, self.block_size)
         maximum = bounds.maximum(self.block_size)
         raw = pooled = parts[0]
         if not self.config.relocate:

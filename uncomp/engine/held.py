@@ -58,6 +58,11 @@ class Bounds:
             forced |= eligible & (positions >= start) & (positions < end)
         return cls(valid, eligible, forced, recent)
 
+    def part(self, layers: slice) -> Bounds:
+        return Bounds(
+            self.valid[layers], self.eligible[layers], self.forced[layers], self.recent[layers]
+        )
+
     def minimum(self, block_size: int) -> Tensor:
         """[layers, heads] sub-blocks that the forced entries need."""
         return -(-self.forced.sum(2) // block_size)
