@@ -154,3 +154,37 @@ def deal(needs: Needs, total: int, minimum: Tensor, maximum: Tensor, floor: floa
         least = minimum
     dealt = budget.deal(weights.flatten(), total, least.flatten(), maximum.flatten())
     return dealt.view(minimum.shape)
+
+
+def in_order(counts: Tensor, each: int, minimum: Tensor, maximum: Tensor) -> Tensor:
+    """Make room for every layer among the layers up to it.
+
+    A device writes the survivors of one layer after the other, numbered through all layers, and may
+    not overwrite what later layers still have to read: the first i layers together may keep no more
+    than i layers have to deal. Where they would keep more, the next layers get it instead. With the
+    layers in ascending order of what they keep there is nothing to do.
+
+    Args:
+        counts: `[L, H]` int64, sub-blocks, see `deal`.
+        each: sub-blocks that a layer has to deal; at least the minimum of every layer.
+        minimum, maximum: `[L, H]` int64.
+
+    Returns:
+        `[L, H]` int64 inside the bounds; the sum is that of `counts`, less what no layer can take.
+
+    Raises:
+        ValueError: a layer whose minimum is larger than `each`.
+    """
+    if bool((minimum.sum(1) > each).any()):
+        raise ValueError(f"layers need up to {int(minimum.sum(1).max())} sub-blocks of {each}")
+    found, kept, over = [], 0, 0
+    for i, row in enumerate(counts):
+        total, room = int(row.sum()), (i + 1) * each - kept
+        wanted = min(total + over, room, int(maximum[i].sum()))
+        over += total - wanted
+        if wanted != total:
+            low, high = (minimum[i], row) if wanted < total else (row, maximum[i])
+            row = budget.deal(row.double() + 1e-6, wanted, low, high)
+        found.append(row)
+        kept += wanted
+    return torch.stack(found)

@@ -7,15 +7,29 @@ specialised and addresses carry their alignment here: one compiled kernel for a 
 import triton
 import triton.language as tl
 
-from uncomp.kernels.paged.kernel import entry_offset, head_length, head_state, is_stored
+from uncomp.kernels.paged.kernel import (
+    cache_offset,
+    head_length,
+    head_state,
+    is_stored,
+    position_offset,
+)
 
 
 @triton.jit
-def _used(counts_ptr, offsets_ptr, kept_count_ptr, at, row, HEADS: tl.constexpr):
-    """Dealt sub-blocks of a layer and request, never more than the blocks have."""
+def _used(
+    counts_ptr, offsets_ptr, begins_ptr, kept_count_ptr, at, row, all_layers,
+    HEADS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Dealt sub-blocks of a layer and request, never more than the blocks have; and their first."""
     last = at * HEADS + HEADS - 1
     used = tl.load(offsets_ptr + last) + tl.load(counts_ptr + last)
-    return tl.minimum(used, tl.load(kept_count_ptr + row) * HEADS)
+    room = tl.load(kept_count_ptr + row) * HEADS
+    begin = row * 0
+    if SHARED:
+        begin = tl.maximum(tl.load(begins_ptr + at), 0)
+        room = room * all_layers - begin
+    return tl.maximum(tl.minimum(used, room), 0), begin
 
 
 @triton.jit
@@ -30,9 +44,11 @@ def _head_of(counts_ptr, offsets_ptr, at, dealt, HEADS: tl.constexpr, PADDED_HEA
     return tl.minimum(tl.sum(before.to(tl.int32), axis=1), HEADS - 1)
 
 
-@triton.jit(do_not_specialize=list(range(14, 20)), do_not_specialize_on_alignment=list(range(14)))
+@triton.jit(do_not_specialize=list(range(16, 24)), do_not_specialize_on_alignment=list(range(16)))
 def gather_kernel(
     pointers_ptr,
+    layers_ptr,
+    begins_ptr,
     positions_ptr,
     blocks_ptr,
     lengths_ptr,
@@ -52,12 +68,15 @@ def gather_kernel(
     row_stride,
     chosen_stride,
     width,
+    start,
+    all_layers,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WORDS: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr,
     STRIDE_HEAD: tl.constexpr,
     STRIDE_TOKEN: tl.constexpr,
+    SHARED: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
     PADDED_WORDS: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -65,14 +84,18 @@ def gather_kernel(
     """Grid (entries / ENTRIES, R, layers of this group). Strides and sizes in 32-bit words.
 
     `words_ptr` [layers of this group, R, width, WORDS] and `places_ptr` (the same without WORDS)
-    receive the entries in dealt order.
+    receive the entries in dealt order. SHARED: `layers_ptr` points to the addresses of all
+    `all_layers` layers, of which these begin at number `start`; `begins_ptr` [L, R]: first number
+    of each layer's dealt list.
     """
     row = tl.program_id(1)
     requests = tl.num_programs(1)
     layer = layer_start + tl.program_id(2)
     at = layer * requests + row
-    used = _used(counts_ptr, offsets_ptr, kept_count_ptr, at, row, HEADS) * BLOCK_SIZE
-    used = tl.minimum(used, width)
+    used, _begin = _used(
+        counts_ptr, offsets_ptr, begins_ptr, kept_count_ptr, at, row, all_layers, HEADS, SHARED
+    )
+    used = tl.minimum(used * BLOCK_SIZE, width)
     if tl.program_id(0) * ENTRIES >= used:
         return
     local = tl.arange(0, ENTRIES)
@@ -90,7 +113,11 @@ def gather_kernel(
     valid = dealt & (entry >= 0) & (entry < held)
     blocks = blocks_ptr + row.to(tl.int64) * row_stride
 
-    source = entry_offset(
+    own = tl.load(pointers_ptr + layer)
+    source = cache_offset(
+        layers_ptr,
+        own,
+        start + layer,
         blocks,
         entry,
         valid,
@@ -104,9 +131,10 @@ def gather_kernel(
         STRIDE_TOKEN,
         HEADS,
         BLOCK_SIZE,
+        4,
+        SHARED,
     )
-    cache = tl.load(pointers_ptr + layer).to(tl.pointer_type(tl.int32))
-    cache = tl.multiple_of(cache, 16)
+    cache = tl.multiple_of(own.to(tl.pointer_type(tl.int32)), 16)
     word = tl.arange(0, PADDED_WORDS)
     inside = (word < WORDS)[None, :]
     copied = tl.load(cache + source[:, None] + word[None, :], mask=valid[:, None] & inside, other=0)
@@ -114,7 +142,10 @@ def gather_kernel(
     target = tl.multiple_of(words_ptr + line * WORDS, 16)
     tl.store(target + local[:, None] * WORDS + word[None, :], copied, mask=dealt[:, None] & inside)
 
-    stored = entry_offset(
+    stored = position_offset(
+        start,
+        layer,
+        num_blocks,
         blocks,
         entry,
         valid,
@@ -123,22 +154,21 @@ def gather_kernel(
         first,
         full,
         head,
-        HEADS * BLOCK_SIZE,
-        BLOCK_SIZE,
-        1,
         HEADS,
         BLOCK_SIZE,
+        SHARED,
     )
-    stored += layer.to(tl.int64) * num_blocks * (HEADS * BLOCK_SIZE)
     kept = valid & is_stored(entry, count, first, full, BLOCK_SIZE)
     place = tl.load(positions_ptr + stored, mask=kept, other=0)
     place = tl.where(kept, place, entry + (full - count) * BLOCK_SIZE)
     tl.store(places_ptr + line + local, place, mask=dealt)
 
 
-@triton.jit(do_not_specialize=list(range(8, 12)), do_not_specialize_on_alignment=list(range(8)))
+@triton.jit(do_not_specialize=list(range(10, 16)), do_not_specialize_on_alignment=list(range(10)))
 def scatter_kernel(
     pointers_ptr,
+    layers_ptr,
+    begins_ptr,
     positions_ptr,
     kept_blocks_ptr,
     counts_ptr,
@@ -150,12 +180,15 @@ def scatter_kernel(
     num_blocks,
     kept_stride,
     width,
+    start,
+    all_layers,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WORDS: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr,
     STRIDE_HEAD: tl.constexpr,
     STRIDE_TOKEN: tl.constexpr,
+    SHARED: tl.constexpr,
     PADDED_WORDS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
@@ -164,7 +197,9 @@ def scatter_kernel(
     requests = tl.num_programs(1)
     layer = layer_start + tl.program_id(2)
     at = layer * requests + row
-    used = _used(counts_ptr, offsets_ptr, kept_count_ptr, at, row, HEADS)
+    used, begin = _used(
+        counts_ptr, offsets_ptr, begins_ptr, kept_count_ptr, at, row, all_layers, HEADS, SHARED
+    )
     limit = tl.minimum(used * BLOCK_SIZE, width)
     if tl.program_id(0) * ENTRIES >= limit:
         return
@@ -173,23 +208,29 @@ def scatter_kernel(
     dealt = number < limit
     # The dealt list is what one head that keeps every sub-block from column 0 on would hold.
     blocks = kept_blocks_ptr + row.to(tl.int64) * kept_stride
-    goal = entry_offset(
+    each = tl.load(kept_count_ptr + row)
+    own = tl.load(pointers_ptr + layer)
+    goal = cache_offset(
+        layers_ptr,
+        own,
+        start + layer,
         blocks,
         number,
         dealt,
         used,
+        begin,
         0,
-        0,
-        0,
+        each,
         0,
         STRIDE_BLOCK,
         STRIDE_HEAD,
         STRIDE_TOKEN,
         HEADS,
         BLOCK_SIZE,
+        4,
+        SHARED,
     )
-    cache = tl.load(pointers_ptr + layer).to(tl.pointer_type(tl.int32))
-    cache = tl.multiple_of(cache, 16)
+    cache = tl.multiple_of(own.to(tl.pointer_type(tl.int32)), 16)
     word = tl.arange(0, PADDED_WORDS)
     mask = dealt[:, None] & (word < WORDS)[None, :]
     line = (tl.program_id(2) * requests + row).to(tl.int64) * width + tl.program_id(0) * ENTRIES
@@ -197,21 +238,21 @@ def scatter_kernel(
     copied = tl.load(source + local[:, None] * WORDS + word[None, :], mask=mask, other=0)
     tl.store(cache + goal[:, None] + word[None, :], copied, mask=mask)
 
-    stored = entry_offset(
+    stored = position_offset(
+        start,
+        layer,
+        num_blocks,
         blocks,
         number,
         dealt,
         used,
+        begin,
         0,
+        each,
         0,
-        0,
-        0,
-        HEADS * BLOCK_SIZE,
-        BLOCK_SIZE,
-        1,
         HEADS,
         BLOCK_SIZE,
+        SHARED,
     )
-    stored += layer.to(tl.int64) * num_blocks * (HEADS * BLOCK_SIZE)
     place = tl.load(places_ptr + line + local, mask=dealt, other=0)
     tl.store(positions_ptr + stored, place, mask=dealt)

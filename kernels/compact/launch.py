@@ -51,12 +51,18 @@ def compact(
     kept_count: Tensor,
     scratch: Tensor,
     config: Config | None = None,
+    begins: Tensor | None = None,
 ) -> None:
     """Move K, V and positions of the chosen entries; see `naive.compact` for what it does.
 
     Two launches for each group of layers that fits into `scratch`. Neither allocates nor waits.
     What the reference rejects is cut off here without a word: sub-blocks beyond `kept_count * H`
     are not written, and zeros are written for an entry that the head does not hold.
+
+    Layers that share are moved one group after the other too: the lists of the first i layers must
+    not be longer than what i layers have to deal, for every i, so that what is written is never
+    what is still to be read; see `uncomp.importance.in_order`. Blocks that hold nothing are free of
+    that. Parts of the layers have to come in order.
 
     Args:
         caches: strides and addresses must be multiples of 16 bytes.
@@ -66,14 +72,19 @@ def compact(
         scratch: 1-D contiguous, any dtype, overwritten; at least `scratch_bytes(caches, R, n)`
             bytes (less if K is below n * H * block_size), aligned to 16.
         config: tiling; None: `choose`.
+        begins: `[L, R]` int32 contiguous, where layers share; otherwise not looked at.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit, or too small a scratch.
     """
     _check(caches, positions, rows, holdings, chosen, counts, offsets, kept_blocks, kept_count)
-    requests = rows.lengths.shape[0]
+    requests, shared = rows.lengths.shape[0], holdings.shared
+    if shared:
+        _check_begins(caches, requests, begins)
     words, heads, block_size = _words(caches), caches.heads, caches.block_size
-    width = min(chosen.shape[2], kept_blocks.shape[1] * heads * block_size)
+    width = chosen.shape[2]
+    if not shared:
+        width = min(width, kept_blocks.shape[1] * heads * block_size)
     lines = requests * width
     if lines == 0:
         return
@@ -90,19 +101,22 @@ def compact(
     dealt = (counts, offsets, kept_count, entries, places)
     num_blocks = caches.tensors[0].shape[0]
     config = config or choose(words)
-    fixed = _geometry(caches, config)
+    fixed = {**_geometry(caches, config), "SHARED": shared}
+    where = (caches.pointers, caches.all.pointers, kept_count if begins is None else begins)
+    among = (holdings.start, caches.all.layers)
     for start in range(0, caches.layers, group):
         tiles = triton.cdiv(width, config.meta["ENTRIES"])
         grid = (tiles, requests, min(group, caches.layers - start))
         gather_kernel[grid](
-            *(caches.pointers, positions, *layout, holdings.spans, chosen, *dealt),
+            *(*where, positions, *layout, holdings.spans, chosen, *dealt),
             *(start, holdings.slots, num_blocks, rows.blocks.stride(0), chosen.shape[2], width),
+            *among,
             PADDED_HEADS=triton.next_power_of_2(heads),
             **fixed,
         )
         scatter_kernel[grid](
-            *(caches.pointers, positions, kept_blocks, *dealt),
-            *(start, num_blocks, kept_blocks.stride(0), width),
+            *(*where, positions, kept_blocks, *dealt),
+            *(start, num_blocks, kept_blocks.stride(0), width, *among),
             **fixed,
         )
 
@@ -139,6 +153,16 @@ def _scratch_words(caches: Caches, scratch: Tensor) -> int:
     if scratch.device != caches.device:
         raise ValueError(f"compact: scratch must be on {caches.device}, got {scratch.device}")
     return scratch.numel() * scratch.element_size() // 4
+
+
+def _check_begins(caches: Caches, requests: int, begins: Tensor | None) -> None:
+    fits = begins is not None and tuple(begins.shape) == (caches.layers, requests)
+    if begins is None or not fits or begins.dtype != torch.int32 or not begins.is_contiguous():
+        given = None if begins is None else f"{begins.dtype} {list(begins.shape)}"
+        raise ValueError(
+            f"compact: layers that share need begins, int32 [{caches.layers}, {requests}], got "
+            f"{given}"
+        )
 
 
 def _check(

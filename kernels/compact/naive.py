@@ -10,6 +10,7 @@ from uncomp.kernels.paged import (
     Holdings,
     Rows,
     head_lengths,
+    read,
     stored_sub_blocks,
     sub_blocks,
 )
@@ -26,12 +27,16 @@ def compact(
     kept_blocks: Tensor,
     kept_count: Tensor,
     scratch: Tensor | None = None,
+    begins: Tensor | None = None,
 ) -> None:
     """Move K, V and positions of the chosen entries; sources and destinations may overlap.
 
     Sub-block i of the dealt list lies in block `kept_blocks[r, i // H]`, head slot `i % H`; the
     list is used up to the sum of the counts, which must not exceed `kept_count[r] * H`. All else
     stays as it is. `holdings` is only read; see `record`.
+
+    Where all layers share (`holdings.shared`), the list of a layer goes on where that of the layer
+    before ends: every layer has `kept_count[r] * H` places, in order of the layers.
 
     Args:
         caches: changed in place, as bytes (FP8 is not dequantised). L layers, H heads.
@@ -46,30 +51,43 @@ def compact(
         kept_blocks: `[R, n]` int32, block ids to fill; from `kept_count[r]` on not looked at.
         kept_count: `[R]` int32.
         scratch: not used here; the Triton version's buffer.
+        begins: `[L, R]` int32, number of the first sub-block of each layer's list; None where
+            layers do not share.
 
     Raises:
-        ValueError: counts that need more blocks, or entries that a head does not hold.
+        ValueError: counts that need more blocks, entries that a head does not hold, or some of the
+            layers only, where they share.
     """
+    if holdings.shared and (caches.whole is not None or begins is None):
+        raise ValueError("compact: layers that share are moved together, and need `begins`")
     lengths = head_lengths(rows, holdings, caches.block_size)
-    for layer in range(caches.layers):
-        # Everything is read before anything is written, across requests too.
-        read = [
+    # Everything is read before anything is written, across requests and layers too.
+    found = [
+        [
             _read(caches, positions, rows, holdings, chosen, counts, offsets, lengths, layer, row)
             for row in range(len(rows.lengths))
         ]
-        for row, (entries, places) in enumerate(read):
-            used = len(entries) // caches.block_size
-            if used > int(kept_count[row]) * caches.heads:
+        for layer in range(caches.layers)
+    ]
+    for layer, of_layer in enumerate(found):
+        for row, (entries, places) in enumerate(of_layer):
+            used, each = len(entries) // caches.block_size, int(kept_count[row]) * caches.heads
+            begin = 0 if begins is None else int(begins[layer, row])
+            room = each * (caches.layers if holdings.shared else 1) - begin
+            if used > room:
                 raise ValueError(
                     f"compact: request {row} keeps {used} sub-blocks in layer {layer}, but "
-                    f"{int(kept_count[row])} blocks hold only {int(kept_count[row]) * caches.heads}"
+                    f"{int(kept_count[row])} blocks hold only {room}"
                 )
-            dealt = torch.arange(used, device=caches.device)
-            block = kept_blocks[row].long()[dealt // caches.heads]
-            inside = dealt % caches.heads
+            dealt = begin + torch.arange(used, device=caches.device)
             shape = (used, caches.block_size)
-            _bytes(caches, layer)[block, inside] = entries.view(*shape, entries.shape[1])
-            positions[layer, block, inside] = places.view(shape)
+            entries, places = entries.view(*shape, entries.shape[1]), places.view(shape)
+            for i, number in enumerate(dealt.tolist()):
+                where = number // each if holdings.shared else layer
+                block = int(kept_blocks[row, number % each // caches.heads])
+                inside = number % caches.heads
+                _bytes(caches, where)[block, inside] = entries[i]
+                positions[where, block, inside] = places[i]
 
 
 def record(
@@ -131,6 +149,7 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     """Chosen entries of a request in dealt order: `[E, bytes]` uint8, and `[E]` int32 positions."""
     size, cache = caches.block_size, _bytes(caches, layer)
+    everywhere = [_bytes(caches.all, i) for i in range(caches.all.layers)]
     known = stored_sub_blocks(rows, holdings, row, layer).tolist()
     entries = [cache.new_empty(0, cache.shape[3])]
     places = [positions.new_empty(0)]
@@ -144,9 +163,10 @@ def _read(
                 f"chosen are {int(wanted.min())}..{int(wanted.max())}"
             )
         at = sub_blocks(rows, holdings, row, layer, head, -(-held // size)).to(caches.device)
-        block, inside = at[wanted // size].unbind(1)
-        entries.append(cache[block, inside, wanted % size])
-        stored = positions[layer, block, inside, wanted % size]
+        index, token = wanted // size, wanted % size
+        entries.append(read(everywhere, at)[index, token])
+        here = at - torch.tensor([holdings.start, 0, 0], device=at.device)
+        stored = read(list(positions), here)[index, token]
         follows = wanted + int(rows.lengths[row]) - held
         places.append(torch.where(wanted < known[head] * size, stored, follows))
     return torch.cat(entries), torch.cat([p.to(torch.int32) for p in places])

@@ -12,7 +12,9 @@ from uncomp.kernels.variant import Config, Variant
 HEADS, BLOCK_SIZE = 8, 16
 
 
-def _variants(name: str, head_size: int, item: int, config: Config | None = None) -> list[Variant]:
+def _variants(
+    name: str, head_size: int, item: int, config: Config | None = None, shared: bool = False
+) -> list[Variant]:
     words = 2 * head_size * item // 4
     chosen = config or choose(words)
     constants = {
@@ -23,6 +25,7 @@ def _variants(name: str, head_size: int, item: int, config: Config | None = None
         "STRIDE_HEAD": BLOCK_SIZE * words,
         "STRIDE_TOKEN": words,
         "PADDED_WORDS": triton.next_power_of_2(words),
+        "SHARED": shared,
     }
     found = []
     for title, kernel, more in (
@@ -35,8 +38,8 @@ def _variants(name: str, head_size: int, item: int, config: Config | None = None
             for argument in kernel.arg_names
             if argument not in {*fixed, *chosen.meta}
         }
-        signature["pointers_ptr"] = "*i64"
-        title = f"compact {title} {name} d={head_size}"
+        signature["pointers_ptr"] = signature["layers_ptr"] = "*i64"
+        title = f"compact {title} {name} d={head_size}" + " shared" * shared
         found.append(Variant(title, kernel, signature, fixed, chosen, default=config is None))
     return found
 
@@ -50,6 +53,7 @@ _DEFAULTS = (
     ("fp32", 256, 4),
 )
 VARIANTS: list[Variant] = [
+    *_variants("bf16", 128, 2, shared=True),
     *(variant for default in _DEFAULTS for variant in _variants(*default)),
     *(variant for config in CONFIGS[-2:] for variant in _variants("bf16", 128, 2, config)),
 ]

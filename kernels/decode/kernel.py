@@ -9,7 +9,7 @@ to slot 2p) and one that goes on in a later one (slot 2p + 1).
 import triton
 import triton.language as tl
 
-from uncomp.kernels.paged.kernel import entry_offset, head_length, head_state
+from uncomp.kernels.paged.kernel import cache_offset, head_length, head_state
 
 #: numbers in a task's record: task, entries, count, offset, first, full, first token, tokens
 RECORD = tl.constexpr(8)
@@ -131,7 +131,7 @@ def _finish(top, total, acc, sink, value_scale, HAS_SINKS: tl.constexpr):
 def attend_kernel(
     query_ptr,  # [T, H * GROUP, d]
     out_ptr,  # [T, H * GROUP, d]
-    pointers_ptr,  # [L] int64
+    pointers_ptr,  # [L] int64; L are all layers
     scales_ptr,  # [L, 2] float32
     blocks_ptr,  # [R, W] int32
     sinks_ptr,  # [H * GROUP] float32, or not read
@@ -149,6 +149,8 @@ def attend_kernel(
     scale,
     softcap,
     CACHE_TYPE: tl.constexpr,
+    ITEM: tl.constexpr,
+    SHARED: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr,
     STRIDE_HEAD: tl.constexpr,
@@ -167,7 +169,10 @@ def attend_kernel(
     PADDED_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (PROGRAMS, lines / PADDED_ROWS). CHUNK is a multiple of BLOCK_N."""
+    """Grid (PROGRAMS, lines / PADDED_ROWS). CHUNK is a multiple of BLOCK_N.
+
+    ITEM: bytes of an element of the caches. SHARED: entries can lie in other layers' caches.
+    """
     LOG2_E: tl.constexpr = 1.4426950408889634
     program = tl.program_id(0)
     layer = layer.to(tl.int64)
@@ -178,8 +183,8 @@ def attend_kernel(
     unit = begin
     starts = starts_ptr + layer * (MOST + 1)
     tasks = tasks_ptr + layer * MOST * RECORD
-    cache = tl.load(pointers_ptr + layer).to(tl.pointer_type(CACHE_TYPE))
-    cache = tl.multiple_of(cache, 16)
+    own = tl.load(pointers_ptr + layer)
+    cache = tl.multiple_of(own.to(tl.pointer_type(CACHE_TYPE)), 16)
     logit_scale = scale * tl.load(scales_ptr + layer * 2)
     value_scale = tl.load(scales_ptr + layer * 2 + 1)
 
@@ -224,7 +229,10 @@ def attend_kernel(
         for base in range((unit - start) * CHUNK, limit, BLOCK_N):
             entry = base + tl.arange(0, BLOCK_N)
             valid = entry < limit
-            place = entry_offset(
+            place = cache_offset(
+                pointers_ptr,
+                own,
+                layer,
                 blocks,
                 entry,
                 valid,
@@ -238,6 +246,8 @@ def attend_kernel(
                 STRIDE_TOKEN,
                 HEADS,
                 BLOCK_SIZE,
+                ITEM,
+                SHARED,
             )
             source = cache + place[:, None] + dim[None, :]
             stored = valid[:, None] & real

@@ -267,9 +267,9 @@ def decode(
         w.starts, w.tasks, w.bounds, w.acc, w.state,
         layer, rows.blocks.stride(0), query.stride(0), query.stride(1), out.stride(0),
         out.stride(1), float(scale), float(softcap),
-        CACHE_TYPE=CACHE_TYPES[caches.dtype], DOT_TYPE=_dot_type(query.dtype),
-        STRIDE_BLOCK=block, STRIDE_HEAD=head, STRIDE_TOKEN=token,
-        BLOCK_SIZE=caches.block_size, CHUNK=w.chunk,
+        CACHE_TYPE=CACHE_TYPES[caches.dtype], ITEM=caches.dtype.itemsize, SHARED=holdings.shared,
+        DOT_TYPE=_dot_type(query.dtype), STRIDE_BLOCK=block, STRIDE_HEAD=head,
+        STRIDE_TOKEN=token, BLOCK_SIZE=caches.block_size, CHUNK=w.chunk,
         HAS_SOFTCAP=softcap != 0.0, PADDED_ROWS=lines_each, **shape, **config.meta,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

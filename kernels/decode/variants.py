@@ -25,7 +25,13 @@ _PARTS = {"acc_ptr": "*fp32", "state_ptr": "*fp32"}
 
 
 def _attend(
-    dtype: str, cache: str, size: int, group: int, tokens: int, config: Config | None = None
+    dtype: str,
+    cache: str,
+    size: int,
+    group: int,
+    tokens: int,
+    config: Config | None = None,
+    shared: bool = False,
 ) -> Variant:
     strides = ("query_stride_token", "query_stride_head", "out_stride_token", "out_stride_head")
     signature = {
@@ -36,6 +42,7 @@ def _attend(
     }  # fmt: skip
     constants: dict[str, Any] = {
         **_SHARED, "CACHE_TYPE": _TYPES[cache], "DOT_TYPE": _TYPES[dtype],
+        "ITEM": 1 if cache == "fp8e4nv" else 2, "SHARED": shared,
         "STRIDE_BLOCK": 16 * 8 * 2 * size,
         "STRIDE_HEAD": 16 * 2 * size, "STRIDE_TOKEN": 2 * size, "QUERY_TOKENS": tokens,
         "GROUP": group, "HEAD_SIZE": size, "BLOCK_SIZE": 16, "CHUNK": 64,
@@ -44,7 +51,7 @@ def _attend(
         "PADDED_SIZE": triton.next_power_of_2(size),
     }  # fmt: skip
     return Variant(
-        f"decode {dtype} {cache} d={size} G={group} q={tokens}",
+        f"decode {dtype} {cache} d={size} G={group} q={tokens}" + " shared" * shared,
         attend_kernel,
         signature,
         constants,
@@ -74,6 +81,8 @@ VARIANTS: list[Variant] = [
     _attend("bf16", "bf16", 128, 4, 1),
     _attend("fp16", "fp16", 128, 4, 1),
     _attend("bf16", "bf16", 64, 8, 1),
+    _attend("bf16", "bf16", 128, 4, 1, shared=True),
+    _attend("bf16", "fp8e4nv", 128, 4, 1, shared=True),
     _attend("bf16", "bf16", 256, 2, 8),
     _attend("bf16", "bf16", 128, 4, 8),
     _attend("bf16", "bf16", 128, 16, 8),

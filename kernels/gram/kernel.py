@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from uncomp.kernels.paged.kernel import entry_offset, head_length, head_state
+from uncomp.kernels.paged.kernel import cache_offset, head_length, head_state
 
 
 @triton.jit
@@ -86,10 +86,11 @@ def store_statistics(
 
 @triton.jit
 def gram_paged_kernel(
-    pointers_ptr, scales_ptr, blocks_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr,
-    spans_ptr, stride_ptr, shift_ptr, outer_ptr, total_ptr, count_ptr,
-    num_slots, stride_row, stride_block, stride_head, stride_token,
-    CACHE_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr, HEADS: tl.constexpr,
+    pointers_ptr, layers_ptr, scales_ptr, blocks_ptr, lengths_ptr, slots_ptr, counts_ptr,
+    offsets_ptr, spans_ptr, stride_ptr, shift_ptr, outer_ptr, total_ptr, count_ptr,
+    num_slots, first_layer, stride_row, stride_block, stride_head, stride_token,
+    CACHE_TYPE: tl.constexpr, ITEM: tl.constexpr, SHARED: tl.constexpr,
+    DOT_TYPE: tl.constexpr, HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SAMPLE: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +111,8 @@ def gram_paged_kernel(
     )
     length = head_length(tl.load(lengths_ptr + request), count, full, BLOCK_SIZE)
     n = tl.maximum((length + stride - 1) // stride, 0)
-    cache = tl.load(pointers_ptr + layer).to(tl.pointer_type(CACHE_TYPE))
-    cache = tl.multiple_of(cache, 16)  # bytes; checked by the launcher
+    own = tl.load(pointers_ptr + layer)
+    cache = tl.multiple_of(own.to(tl.pointer_type(CACHE_TYPE)), 16)  # checked by the launcher
     row_ptr = blocks_ptr + request.to(tl.int64) * stride_row
     lines = row * TILE + tl.arange(0, TILE)
     columns = col * TILE + tl.arange(0, TILE)
@@ -119,9 +120,9 @@ def gram_paged_kernel(
     left_in = lines[None, :] < HEAD_SIZE
     right_in = columns[None, :] < HEAD_SIZE
     picked, sampled, number = sample_numbers(n, SAMPLE)
-    sample_at = entry_offset(
-        row_ptr, picked * stride, sampled, count, offset, first, full, head,
-        stride_block, stride_head, stride_token, HEADS, BLOCK_SIZE,
+    sample_at = cache_offset(
+        layers_ptr, own, first_layer + layer, row_ptr, picked * stride, sampled, count, offset,
+        first, full, head, stride_block, stride_head, stride_token, HEADS, BLOCK_SIZE, ITEM, SHARED,
     )  # fmt: skip
     sample = cache + sample_at[:, None]
     left_shift = sample_mean(sample + lines[None, :], sampled[:, None] & left_in, number)
@@ -134,9 +135,10 @@ def gram_paged_kernel(
     for start in range(0, n, ROWS):
         numbers = start + tl.arange(0, ROWS)
         valid = numbers < n
-        at = entry_offset(
-            row_ptr, numbers * stride, valid, count, offset, first, full, head,
-            stride_block, stride_head, stride_token, HEADS, BLOCK_SIZE,
+        at = cache_offset(
+            layers_ptr, own, first_layer + layer, row_ptr, numbers * stride, valid, count, offset,
+            first, full, head, stride_block, stride_head, stride_token, HEADS, BLOCK_SIZE, ITEM,
+            SHARED,
         )  # fmt: skip
         base = cache + at[:, None]
         left = centred(base + lines[None, :], valid[:, None] & left_in, left_shift)

@@ -123,11 +123,12 @@ def gram_paged(
     if requests == 0:
         return out
     gram_paged_kernel[(tiles * tiles * heads, requests, layers)](
-        caches.pointers, caches.scales, rows.blocks, rows.lengths, rows.slots,
+        caches.pointers, caches.all.pointers, caches.scales, rows.blocks, rows.lengths, rows.slots,
         holdings.counts, holdings.offsets, holdings.spans, stride,
         out.shift, out.outer, out.total, out.count,
-        holdings.slots, rows.blocks.stride(0), *caches.strides,
-        CACHE_TYPE=CACHE_TYPES[caches.dtype], DOT_TYPE=_dot_type(), HEADS=heads,
+        holdings.slots, holdings.start, rows.blocks.stride(0), *caches.strides,
+        CACHE_TYPE=CACHE_TYPES[caches.dtype], ITEM=caches.dtype.itemsize, SHARED=holdings.shared,
+        DOT_TYPE=_dot_type(), HEADS=heads,
         HEAD_SIZE=size, BLOCK_SIZE=caches.block_size, SAMPLE=SAMPLE, **config.meta,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -22,15 +22,23 @@ _NO_FP8 = {
 }
 
 
-def _paged(size: int, dtype: Any, config: Config, default: bool) -> Variant:
-    strides = ("num_slots", "stride_row", "stride_block", "stride_head", "stride_token")
-    signature = {"pointers_ptr": "*i64", "scales_ptr": "*fp32", **_TABLES, "stride_ptr": "*i32"}
+def _paged(size: int, dtype: Any, config: Config, default: bool, shared: bool = False) -> Variant:
+    strides = (
+        "num_slots",
+        "first_layer",
+        "stride_row",
+        "stride_block",
+        "stride_head",
+        "stride_token",
+    )
+    signature = {**dict.fromkeys(("pointers_ptr", "layers_ptr"), "*i64"), "scales_ptr": "*fp32"}
+    signature |= {**_TABLES, "stride_ptr": "*i32"}
     constants = {
-        "CACHE_TYPE": dtype, "DOT_TYPE": tl.bfloat16, "HEADS": 8, "HEAD_SIZE": size,
-        "BLOCK_SIZE": 16, "SAMPLE": SAMPLE,
+        "CACHE_TYPE": dtype, "ITEM": 1 if dtype == tl.float8e4nv else 2, "SHARED": shared,
+        "DOT_TYPE": tl.bfloat16, "HEADS": 8, "HEAD_SIZE": size, "BLOCK_SIZE": 16, "SAMPLE": SAMPLE,
     }  # fmt: skip
     return Variant(
-        f"gram_paged {dtype} d={size}",
+        f"gram_paged {dtype} d={size}" + " shared" * shared,
         gram_paged_kernel,
         {**signature, **_OUT, **dict.fromkeys(strides, "i32")},
         constants,
@@ -65,6 +73,7 @@ def _covariance(size: int) -> Variant:
 VARIANTS: list[Variant] = [
     *(_paged(size, tl.bfloat16, CONFIGS[0], True) for size in (64, 96, 128, 256)),
     _paged(128, tl.float16, CONFIGS[0], True),
+    _paged(128, tl.bfloat16, CONFIGS[0], True, shared=True),
     _paged(128, tl.float8e4nv, CONFIGS[0], True),
     *(_paged(128, tl.bfloat16, config, False) for config in CONFIGS[1:]),
     *(_rows(size, "bf16") for size in (64, 128)),

@@ -6,6 +6,7 @@ from .naive import (
     Rows,
     gather,
     head_lengths,
+    read,
     stored_sub_blocks,
     sub_blocks,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "Rows",
     "gather",
     "head_lengths",
+    "read",
     "stored_sub_blocks",
     "sub_blocks",
 ]

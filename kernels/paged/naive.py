@@ -8,10 +8,15 @@ row, two numbers of the request (`first`, `full`) and two of the head (`count`, 
 A prompt that was only pruned (fewer tokens in later layers) is all tail, in vLLM's order, and
 begins later in some layers than in others: the count of a layer that lacks n blocks is -n, `full`
 is 0, and `first` says up to which column the positions of entries have to be looked up.
+
+Where all layers share one budget, sub-blocks are dealt through all layers: first those of layer 0,
+then those of layer 1, and so on. A layer that keeps more than its blocks hold has entries in the
+caches of other layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +33,13 @@ class Caches:
         pointers: `[L]` int64 on the device of the caches, addresses of the first elements.
         scales: `[L, 2]` float32, K and V scale: cached value times scale is the true value. 1 for
             caches that are not FP8.
+        whole: what this is a part of; None: all layers.
     """
 
     tensors: tuple[Tensor, ...]
     pointers: Tensor
     scales: Tensor
+    whole: Caches | None = None
 
     @classmethod
     def of(cls, tensors: list[Tensor] | tuple[Tensor, ...], scales: Tensor | None = None) -> Caches:
@@ -69,7 +76,13 @@ class Caches:
 
     def part(self, start: int, stop: int) -> Caches:
         """Layers `[start, stop)` only."""
-        return Caches(self.tensors[start:stop], self.pointers[start:stop], self.scales[start:stop])
+        part = self.tensors[start:stop], self.pointers[start:stop], self.scales[start:stop]
+        return Caches(*part, self.all)
+
+    @property
+    def all(self) -> Caches:
+        """The caches of all layers."""
+        return self if self.whole is None else self.whole
 
     @property
     def layers(self) -> int:
@@ -110,25 +123,32 @@ class Holdings:
         counts: `[L, S, H]` int32, kept sub-blocks of each head; minus the blocks that a layer of a
             pruned prompt lacks.
         offsets: `[L, S, H]` int32, where they begin in the dealt list: exclusive sum of `counts`
-            over the heads.
+            over the heads, and over the layers before if they share.
         spans: `[S, 2]` int32: columns of the block row where the kept blocks begin (`first`) and
             where the tail begins (`full`).
+        shared: whether sub-blocks are dealt through all layers.
+        start: number of the first layer among all.
     """
 
     counts: Tensor
     offsets: Tensor
     spans: Tensor
+    shared: bool = False
+    start: int = 0
 
     @classmethod
-    def empty(cls, layers: int, slots: int, heads: int, device: torch.device | str) -> Holdings:
+    def empty(
+        cls, layers: int, slots: int, heads: int, device: torch.device | str, shared: bool = False
+    ) -> Holdings:
         """Zeros for `slots` slots."""
         table = torch.zeros(layers, slots, heads, dtype=torch.int32, device=device)
         spans = torch.zeros(slots, 2, dtype=torch.int32, device=device)
-        return cls(table, table.clone(), spans)
+        return cls(table, table.clone(), spans, shared)
 
     def part(self, start: int, stop: int) -> Holdings:
         """Layers `[start, stop)` only; views."""
-        return Holdings(self.counts[start:stop], self.offsets[start:stop], self.spans)
+        part = self.counts[start:stop], self.offsets[start:stop]
+        return Holdings(*part, self.spans, self.shared, self.start + start)
 
     @property
     def slots(self) -> int:
@@ -161,7 +181,8 @@ def head_lengths(rows: Rows, holdings: Holdings, block_size: int) -> Tensor:
 
 
 def sub_blocks(rows: Rows, holdings: Holdings, row: int, layer: int, head: int, n: int) -> Tensor:
-    """Block and head slot of the first `n` sub-blocks of one head, `[n, 2]` int64."""
+    """Where the first `n` sub-blocks of one head lie: layer (of all), block and head slot, `[n, 3]`
+    int64."""
     heads = holdings.counts.shape[2]
     slot = int(rows.slots[row])
     count = offset = first = full = 0
@@ -172,9 +193,15 @@ def sub_blocks(rows: Rows, holdings: Holdings, row: int, layer: int, head: int, 
     index = torch.arange(n, device=rows.blocks.device)
     dealt = offset + index
     kept = index < count
+    own = torch.full_like(index, holdings.start + layer)
+    where = own
+    if holdings.shared:
+        each = max(full - first, 1) * heads  # sub-blocks that a layer has to deal
+        where = torch.where(kept, dealt // each, own)
+        dealt = dealt % each
     column = torch.where(kept, first + dealt // heads, full + index - count)
     inside = torch.where(kept, dealt % heads, head)
-    return torch.stack([rows.blocks[row, column].long(), inside], 1)
+    return torch.stack([where, rows.blocks[row, column].long(), inside], 1)
 
 
 def stored_sub_blocks(rows: Rows, holdings: Holdings, row: int, layer: int) -> Tensor:
@@ -188,6 +215,27 @@ def stored_sub_blocks(rows: Rows, holdings: Holdings, row: int, layer: int) -> T
     counts = holdings.counts[layer, slot].long()
     first, full = holdings.spans[slot].tolist()
     return torch.maximum(counts.clamp_min(0), first - full + counts)
+
+
+def read(tensors: Sequence[Tensor], at: Tensor) -> Tensor:
+    """Contents of sub-blocks, `[n, block_size, ...]`.
+
+    Args:
+        tensors: of all layers, `[num_blocks, H, block_size, ...]`.
+        at: `[n, 3]`, see `sub_blocks`.
+    """
+    layers = at[:, 0]
+    found = torch.empty((len(at), *tensors[0].shape[2:]), dtype=tensors[0].dtype, device=at.device)
+    for layer in layers.unique().tolist():
+        here = layers == layer
+        values = tensors[layer][at[here, 1], at[here, 2]]
+        bits(found)[here] = bits(values)
+    return found
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """FP8 as bytes, which can be indexed; a view."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def gather(
@@ -208,7 +256,7 @@ def gather(
     for head, length in enumerate(lengths.tolist()):
         n = -(-length // block_size)
         at = sub_blocks(rows, holdings, row, layer, head, n)
-        tokens = caches.tensors[layer][at[:, 0], at[:, 1]].to(dtype).reshape(-1, 2 * size)[:length]
+        tokens = read(caches.all.tensors, at).to(dtype).reshape(-1, 2 * size)[:length]
         keys[head, :length] = tokens[:, :size] * caches.scales[layer, 0]
         values[head, :length] = tokens[:, size:] * caches.scales[layer, 1]
     return keys, values, lengths

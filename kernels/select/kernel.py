@@ -3,22 +3,25 @@
 import triton
 import triton.language as tl
 
-from uncomp.kernels.paged.kernel import entry_offset, head_of_program, is_stored
+from uncomp.kernels.paged.kernel import head_of_program, is_stored, position_offset
 
 #: sign bit of an int32; below every key
 SIGN = tl.constexpr(-(2**31))
 TOP_DIGIT = tl.constexpr(-(2**24))
 #: integers that differ from launch to launch and must not cause another compilation
-VARYING = ["num_rows", "num_slots", "num_blocks", "num_spans", "sinks", "window"]
+VARYING = [
+    "num_rows", "num_slots", "num_blocks", "num_spans", "first_layer", "sinks", "window",
+]  # fmt: skip
 
 
 @triton.jit
 def forced_tile(
     entry, eligible, positions_ptr, row_ptr, protect_ptr,
-    head, count, offset, first, full, length, n, sinks, window, num_spans,
-    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    number, num_blocks, head, count, offset, first, full, length, n, sinks, window, num_spans,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Which of these entries stay in any case. `positions_ptr`: of the layer.
+    """Which of these entries stay in any case. `positions_ptr`: of the layer, which is number
+    `number` of all.
 
     Entry e has a position of at least e, so that without spans to protect only the first `sinks`
     positions need be known.
@@ -26,9 +29,9 @@ def forced_tile(
     candidate = entry < eligible
     wanted = candidate & (entry < sinks + num_spans * eligible)  # all if there are spans
     kept = is_stored(entry, count, first, full, BLOCK_SIZE)
-    at = entry_offset(
-        row_ptr, entry, wanted & kept, count, offset, first, full, head,
-        HEADS * BLOCK_SIZE, BLOCK_SIZE, 1, HEADS, BLOCK_SIZE,
+    at = position_offset(
+        number, number * 0, num_blocks, row_ptr, entry, wanted & kept, count, offset, first, full,
+        head, HEADS, BLOCK_SIZE, SHARED,
     )  # fmt: skip
     stored = tl.load(positions_ptr + at, mask=wanted & kept, other=0)
     position = tl.where(kept, stored, length - n + entry)
@@ -44,8 +47,8 @@ def forced_tile(
 def limits_kernel(
     blocks_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, positions_ptr,
     full_ptr, protect_ptr, eligible_ptr, forced_ptr,
-    num_rows, num_slots, num_blocks, stride_row, num_spans, sinks, window,
-    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    num_rows, num_slots, num_blocks, stride_row, num_spans, first_layer, sinks, window,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Eligible and forced entries of a head. Grid (L R H)."""
     layer, row, head, count, offset, first, full, length, n = head_of_program(
@@ -55,19 +58,19 @@ def limits_kernel(
     eligible = tl.maximum(n - length + tl.load(full_ptr + row) * BLOCK_SIZE, 0)
     row_ptr = blocks_ptr + row.to(tl.int64) * stride_row
     positions_ptr += layer.to(tl.int64) * num_blocks * HEADS * BLOCK_SIZE
-    number = 0
+    stay = 0
     for start in range(0, eligible, TILE):
         # Without spans nothing between the sinks and the window is forced.
         if (num_spans > 0) | (start < sinks) | (start + TILE > n - window):
             entry = start + tl.arange(0, TILE)
             forced = forced_tile(
                 entry, eligible, positions_ptr, row_ptr, protect_ptr + row * num_spans * 2,
-                head, count, offset, first, full, length, n, sinks, window, num_spans,
-                HEADS, BLOCK_SIZE,
+                first_layer + layer, num_blocks, head, count, offset, first, full, length, n,
+                sinks, window, num_spans, HEADS, BLOCK_SIZE, SHARED,
             )  # fmt: skip
-            number += tl.sum(forced.to(tl.int32), 0)
+            stay += tl.sum(forced.to(tl.int32), 0)
     tl.store(eligible_ptr + tl.program_id(0), eligible)
-    tl.store(forced_ptr + tl.program_id(0), number)
+    tl.store(forced_ptr + tl.program_id(0), stay)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "window"])
@@ -147,14 +150,15 @@ def order_key(score):
 @triton.jit
 def candidate_tile(
     start, raw_ptr, pooled_ptr, eligible, positions_ptr, row_ptr, protect_ptr,
-    head, count, offset, first, full, length, n, sinks, window, num_spans,
-    SECOND: tl.constexpr, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    number, num_blocks, head, count, offset, first, full, length, n, sinks, window, num_spans,
+    SECOND: tl.constexpr, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHARED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Keys of a tile (pooled, and raw if SECOND), which entries compete and which are forced."""
     entry = start + tl.arange(0, TILE)
     forced = forced_tile(
-        entry, eligible, positions_ptr, row_ptr, protect_ptr, head, count, offset, first, full,
-        length, n, sinks, window, num_spans, HEADS, BLOCK_SIZE,
+        entry, eligible, positions_ptr, row_ptr, protect_ptr, number, num_blocks, head, count,
+        offset, first, full, length, n, sinks, window, num_spans, HEADS, BLOCK_SIZE, SHARED,
     )  # fmt: skip
     free = (entry < eligible) & (forced == 0)
     pooled = order_key(tl.load(pooled_ptr + entry, mask=free, other=0.0))
@@ -167,8 +171,9 @@ def candidate_tile(
 @triton.jit
 def threshold(
     need, outer, raw_ptr, pooled_ptr, eligible, positions_ptr, row_ptr, protect_ptr,
-    head, count, offset, first, full, length, n, sinks, window, num_spans,
-    SECOND: tl.constexpr, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    number, num_blocks, head, count, offset, first, full, length, n, sinks, window, num_spans,
+    SECOND: tl.constexpr, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHARED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Key of the need-th best candidate, how many of that key are among the `need` best, and how
     many there are. SECOND: raw keys of the candidates whose pooled key is `outer`.
@@ -187,8 +192,8 @@ def threshold(
         for start in range(0, eligible, TILE):
             _entry, pooled, raw, free, _forced = candidate_tile(
                 start, raw_ptr, pooled_ptr, eligible, positions_ptr, row_ptr, protect_ptr,
-                head, count, offset, first, full, length, n, sinks, window, num_spans,
-                SECOND, HEADS, BLOCK_SIZE, TILE,
+                number, num_blocks, head, count, offset, first, full, length, n, sinks, window,
+                num_spans, SECOND, HEADS, BLOCK_SIZE, SHARED, TILE,
             )  # fmt: skip
             if SECOND:
                 free = free & (pooled == outer)
@@ -209,8 +214,9 @@ def choose_kernel(
     raw_ptr, pooled_ptr, chosen_ptr, kept_ptr, starts_ptr,
     blocks_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, positions_ptr,
     full_ptr, protect_ptr,
-    num_rows, num_slots, num_blocks, entries, width, stride_row, num_spans, sinks, window,
-    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    num_rows, num_slots, num_blocks, entries, width, stride_row, num_spans, first_layer, sinks,
+    window,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the entries of a head that stay, ascending. Grid (L R H).
 
@@ -221,6 +227,7 @@ def choose_kernel(
         lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, num_rows, num_slots,
         HEADS, BLOCK_SIZE,
     )  # fmt: skip
+    number = first_layer + layer
     keep = tl.load(kept_ptr + tl.program_id(0)) * BLOCK_SIZE
     if keep <= 0:
         return
@@ -237,21 +244,21 @@ def choose_kernel(
         if (num_spans > 0) | (start < sinks) | (start + TILE > n - window):
             forced = forced_tile(
                 start + tl.arange(0, TILE), eligible, positions_ptr, row_ptr, protect_ptr,
-                head, count, offset, first, full, length, n, sinks, window, num_spans,
-                HEADS, BLOCK_SIZE,
+                number, num_blocks, head, count, offset, first, full, length, n, sinks, window,
+                num_spans, HEADS, BLOCK_SIZE, SHARED,
             )  # fmt: skip
             stay += tl.sum(forced.to(tl.int32), 0)
     pooled_key, need, equal = threshold(
         tl.maximum(keep - stay, 0), 0, raw_ptr, pooled_ptr, eligible, positions_ptr, row_ptr,
-        protect_ptr, head, count, offset, first, full, length, n, sinks, window, num_spans,
-        False, HEADS, BLOCK_SIZE, TILE,
+        protect_ptr, number, num_blocks, head, count, offset, first, full, length, n, sinks,
+        window, num_spans, False, HEADS, BLOCK_SIZE, SHARED, TILE,
     )  # fmt: skip
     raw_key = need * 0 + SIGN  # all that are equal: every raw key is at least this
     if need < equal:
         raw_key, need, equal = threshold(
             need, pooled_key, raw_ptr, pooled_ptr, eligible, positions_ptr, row_ptr,
-            protect_ptr, head, count, offset, first, full, length, n, sinks, window, num_spans,
-            True, HEADS, BLOCK_SIZE, TILE,
+            protect_ptr, number, num_blocks, head, count, offset, first, full, length, n, sinks,
+            window, num_spans, True, HEADS, BLOCK_SIZE, SHARED, TILE,
         )  # fmt: skip
 
     begin = tl.load(starts_ptr + tl.program_id(0)) * BLOCK_SIZE
@@ -261,8 +268,8 @@ def choose_kernel(
     for start in range(0, eligible, TILE):
         entry, pooled, raw, free, forced = candidate_tile(
             start, raw_ptr, pooled_ptr, eligible, positions_ptr, row_ptr, protect_ptr,
-            head, count, offset, first, full, length, n, sinks, window, num_spans,
-            True, HEADS, BLOCK_SIZE, TILE,
+            number, num_blocks, head, count, offset, first, full, length, n, sinks, window,
+            num_spans, True, HEADS, BLOCK_SIZE, SHARED, TILE,
         )  # fmt: skip
         level = free & (pooled == pooled_key)
         tied = (level & (raw == raw_key)).to(tl.int32)

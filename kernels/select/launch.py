@@ -35,7 +35,8 @@ class Terms:
     Attributes:
         rows, holdings: see `uncomp.kernels.paged`; the holdings before this compaction.
         positions: `[L, num_blocks, H, block_size]` int32, contiguous: position of every kept entry,
-            at the place of the entry. Read for the kept entries of compacted requests only.
+            at the place of the entry. Read for the kept entries of compacted requests only. Where
+            layers share, a part of a table of all layers.
         full: `[R]` int32, full blocks of the sequence at this compaction.
         protect: `[R, P, 2]` int32, half-open spans of positions; P may be 0, unused spans are
             empty ones (0, 0).
@@ -96,8 +97,8 @@ def limits(
         rows.blocks, rows.lengths, rows.slots, holdings.counts, holdings.offsets, holdings.spans,
         terms.positions, terms.full, terms.protect, eligible, forced,
         terms.shape[1], holdings.slots, terms.positions.shape[1], rows.blocks.stride(0),
-        terms.protect.shape[1], terms.sinks, terms.window,
-        HEADS=terms.shape[2], BLOCK_SIZE=terms.block_size, **config.meta,
+        terms.protect.shape[1], holdings.start, terms.sinks, terms.window,
+        HEADS=terms.shape[2], BLOCK_SIZE=terms.block_size, SHARED=holdings.shared, **config.meta,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return eligible, forced
@@ -206,8 +207,8 @@ def choose(
         rows.blocks, rows.lengths, rows.slots, holdings.counts, holdings.offsets, holdings.spans,
         terms.positions, terms.full, terms.protect,
         requests, holdings.slots, terms.positions.shape[1], raw.shape[3], width,
-        rows.blocks.stride(0), terms.protect.shape[1], terms.sinks, terms.window,
-        HEADS=heads, BLOCK_SIZE=terms.block_size, **config.meta,
+        rows.blocks.stride(0), terms.protect.shape[1], holdings.start, terms.sinks, terms.window,
+        HEADS=heads, BLOCK_SIZE=terms.block_size, SHARED=holdings.shared, **config.meta,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

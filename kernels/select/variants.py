@@ -14,7 +14,11 @@ _TERMS = {
     **_HELD,
     **dict.fromkeys(("blocks_ptr", "positions_ptr", "full_ptr", "protect_ptr"), "*i32"),
     **dict.fromkeys(
-        ("num_rows", "num_slots", "num_blocks", "stride_row", "num_spans", "sinks", "window"), "i32"
+        (
+            *("num_rows", "num_slots", "num_blocks", "stride_row", "num_spans", "first_layer"),
+            *("sinks", "window"),
+        ),
+        "i32",
     ),
 }
 _SCORES = {"raw_ptr": "*fp32", "entries": "i32"}
@@ -24,13 +28,12 @@ def _constants(heads: int, block_size: int) -> dict[str, int]:
     return {"HEADS": heads, "BLOCK_SIZE": block_size}
 
 
-def _limits(config: Config, heads: int = 8, block_size: int = 16) -> Variant:
+def _limits(config: Config, heads: int = 8, block_size: int = 16, shared: bool = False) -> Variant:
     signature = {**_TERMS, "eligible_ptr": "*i32", "forced_ptr": "*i32"}
-    name = f"limits H={heads} bs={block_size}"
+    name = f"limits H={heads} bs={block_size}" + " shared" * shared
     default = config == CONFIGS[0]
-    return Variant(
-        name, limits_kernel, signature, _constants(heads, block_size), config, default
-    )  # fmt: skip
+    constants = {**_constants(heads, block_size), "SHARED": shared}
+    return Variant(name, limits_kernel, signature, constants, config, default)
 
 
 _POOLED = {
@@ -51,15 +54,15 @@ def _ema(length: int) -> Variant:
     return Variant(f"ema length={length}", ema_kernel, _POOLED, constants, POOL_CONFIGS[0])
 
 
-def _choose(config: Config, heads: int = 8, block_size: int = 16) -> Variant:
+def _choose(config: Config, heads: int = 8, block_size: int = 16, shared: bool = False) -> Variant:
     return Variant(
-        f"choose H={heads} bs={block_size}",
+        f"choose H={heads} bs={block_size}" + " shared" * shared,
         choose_kernel,
         {
             **_TERMS, **_SCORES, "pooled_ptr": "*fp32", "chosen_ptr": "*i32", "kept_ptr": "*i32",
             "starts_ptr": "*i32", "width": "i32",
         },
-        _constants(heads, block_size),
+        {**_constants(heads, block_size), "SHARED": shared},
         config,
         config == CONFIGS[0],
     )  # fmt: skip
@@ -68,6 +71,8 @@ def _choose(config: Config, heads: int = 8, block_size: int = 16) -> Variant:
 VARIANTS: list[Variant] = [
     _limits(CONFIGS[0]),
     _limits(CONFIGS[0], heads=5, block_size=64),
+    _limits(CONFIGS[0], shared=True),
+    _choose(CONFIGS[0], shared=True),
     _pool(1),
     _pool(7),
     _ema(16),

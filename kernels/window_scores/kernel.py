@@ -8,13 +8,13 @@ query head fills whole tiles. Logits are in base 2.
 import triton
 import triton.language as tl
 
-from uncomp.kernels.paged.kernel import entry_offset, head_of_program
+from uncomp.kernels.paged.kernel import cache_offset, head_of_program
 
 #: instead of -inf as the first maximum: inf - inf would be NaN
 NOTHING = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: integers that differ from launch to launch and must not cause another compilation
-VARYING = ["num_rows", "num_slots", "window"]
+VARYING = ["num_rows", "num_slots", "window", "first_layer"]
 
 
 @triton.jit
@@ -38,17 +38,22 @@ def query_tile(
 
 @triton.jit
 def key_tile(
-    cache, row_ptr, entry, n, count, offset, first, full, head,
+    layers_ptr, own, layer, row_ptr, entry, n, count, offset, first, full, head,
+    CACHE_TYPE: tl.constexpr, ITEM: tl.constexpr, SHARED: tl.constexpr,
     STRIDE_BLOCK: tl.constexpr, STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
     SIZE_TILE: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Keys `[BLOCK_N, SIZE_TILE]` of these entries, 0 beyond the head's."""
+    """Keys `[BLOCK_N, SIZE_TILE]` of these entries, 0 beyond the head's.
+
+    `own`: address of the layer's cache. `layers_ptr`: those of all, of which it is number `layer`.
+    """
     inside = entry < n
-    at = entry_offset(
-        row_ptr, entry, inside, count, offset, first, full, head,
-        STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, HEADS, BLOCK_SIZE,
+    at = cache_offset(
+        layers_ptr, own, layer, row_ptr, entry, inside, count, offset, first, full, head,
+        STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, HEADS, BLOCK_SIZE, ITEM, SHARED,
     )  # fmt: skip
+    cache = tl.multiple_of(own.to(tl.pointer_type(CACHE_TYPE)), 16)  # checked by the launcher
     dims = tl.arange(0, SIZE_TILE)
     mask = inside[:, None] & (dims < HEAD_SIZE)[None, :]
     return tl.load(cache + at[:, None] + dims[None, :], mask=mask, other=0.0).to(DOT_TYPE)
@@ -69,11 +74,12 @@ def logit_tile(queries, keys, step, entry, n, window, factor, cap, CAPPED: tl.co
 
 @triton.jit(do_not_specialize=VARYING)
 def partial_kernel(
-    pointers_ptr, scales_ptr, blocks_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr,
-    spans_ptr, queries_ptr, scale_ptr, softcap_ptr, partial_ptr,
-    num_rows, num_slots, window, stride_row,
+    pointers_ptr, layers_ptr, scales_ptr, blocks_ptr, lengths_ptr, slots_ptr, counts_ptr,
+    offsets_ptr, spans_ptr, queries_ptr, scale_ptr, softcap_ptr, partial_ptr,
+    num_rows, num_slots, window, first_layer, stride_row,
     stride_layer, stride_request, stride_token, stride_head,
-    CACHE_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
+    CACHE_TYPE: tl.constexpr, ITEM: tl.constexpr, SHARED: tl.constexpr,
+    DOT_TYPE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
     STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW_TILE: tl.constexpr, CAPPED: tl.constexpr,
@@ -91,8 +97,7 @@ def partial_kernel(
     if begin >= n:
         return
     end = tl.minimum(begin + CHUNK, n)
-    cache = tl.load(pointers_ptr + layer).to(tl.pointer_type(CACHE_TYPE))
-    cache = tl.multiple_of(cache, 16)  # bytes; checked by the launcher
+    own = tl.load(pointers_ptr + layer)
     row_ptr = blocks_ptr + row.to(tl.int64) * stride_row
     queries_ptr += layer.to(tl.int64) * stride_layer + row.to(tl.int64) * stride_request
     queries, step, number, real = query_tile(
@@ -109,8 +114,9 @@ def partial_kernel(
     for start in range(begin, end, BLOCK_N):
         entry = start + tl.arange(0, BLOCK_N)
         keys = key_tile(
-            cache, row_ptr, entry, n, count, offset, first, full, head, STRIDE_BLOCK, STRIDE_HEAD,
-            STRIDE_TOKEN, HEADS, BLOCK_SIZE, HEAD_SIZE, SIZE_TILE, DOT_TYPE,
+            layers_ptr, own, first_layer + layer, row_ptr, entry, n, count, offset, first, full,
+            head, CACHE_TYPE, ITEM, SHARED, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, HEADS,
+            BLOCK_SIZE, HEAD_SIZE, SIZE_TILE, DOT_TYPE,
         )  # fmt: skip
         x = logit_tile(queries, keys, step, entry, n, window, factor, cap, CAPPED)
         higher = tl.maximum(top, tl.max(x, 1))
@@ -170,11 +176,12 @@ def group_scores(
 
 @triton.jit(do_not_specialize=VARYING)
 def scores_kernel(
-    pointers_ptr, scales_ptr, blocks_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr,
-    spans_ptr, queries_ptr, scale_ptr, softcap_ptr, normal_ptr, out_ptr,
-    num_rows, num_slots, window, entries, stride_row,
+    pointers_ptr, layers_ptr, scales_ptr, blocks_ptr, lengths_ptr, slots_ptr, counts_ptr,
+    offsets_ptr, spans_ptr, queries_ptr, scale_ptr, softcap_ptr, normal_ptr, out_ptr,
+    num_rows, num_slots, window, entries, first_layer, stride_row,
     stride_layer, stride_request, stride_token, stride_head,
-    CACHE_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
+    CACHE_TYPE: tl.constexpr, ITEM: tl.constexpr, SHARED: tl.constexpr,
+    DOT_TYPE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
     STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE_TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW_TILE: tl.constexpr, CAPPED: tl.constexpr,
@@ -195,8 +202,7 @@ def scores_kernel(
     if begin >= n:
         return
     end = tl.minimum(begin + CHUNK, n)
-    cache = tl.load(pointers_ptr + layer).to(tl.pointer_type(CACHE_TYPE))
-    cache = tl.multiple_of(cache, 16)  # bytes; checked by the launcher
+    own = tl.load(pointers_ptr + layer)
     row_ptr = blocks_ptr + row.to(tl.int64) * stride_row
     queries_ptr += layer.to(tl.int64) * stride_layer + row.to(tl.int64) * stride_request
     queries_ptr += head * GROUP * stride_head
@@ -216,8 +222,9 @@ def scores_kernel(
     for start in range(begin, end, BLOCK_N):
         entry = start + tl.arange(0, BLOCK_N)
         keys = key_tile(
-            cache, row_ptr, entry, n, count, offset, first, full, head, STRIDE_BLOCK, STRIDE_HEAD,
-            STRIDE_TOKEN, HEADS, BLOCK_SIZE, HEAD_SIZE, SIZE_TILE, DOT_TYPE,
+            layers_ptr, own, first_layer + layer, row_ptr, entry, n, count, offset, first, full,
+            head, CACHE_TYPE, ITEM, SHARED, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, HEADS,
+            BLOCK_SIZE, HEAD_SIZE, SIZE_TILE, DOT_TYPE,
         )  # fmt: skip
         if TILES == 1:
             x = logit_tile(queries, keys, step, entry, n, window, factor, cap, CAPPED)

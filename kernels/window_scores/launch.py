@@ -114,11 +114,12 @@ def window_scores_paged(
     needed = workspace_size(layers, requests, query_heads, window, entries, config)
     partial, normal = _workspace(workspace, needed, programs * numbers, out.device)
     table = (rows.lengths, rows.slots, holdings.counts, holdings.offsets, holdings.spans)
-    cached = (caches.pointers, caches.scales, rows.blocks, *table)
+    cached = (caches.pointers, caches.all.pointers, caches.scales, rows.blocks, *table)
     # Any address will do where there is no soft cap: the kernel does not read it.
     logits = (queries, scale, scale if softcap is None else softcap)
     constants = {
         "CACHE_TYPE": CACHE_TYPES[caches.dtype], "DOT_TYPE": _dot_type(queries.dtype),
+        "ITEM": caches.dtype.itemsize, "SHARED": holdings.shared,
         "STRIDE_BLOCK": caches.strides[0], "STRIDE_HEAD": caches.strides[1],
         "STRIDE_TOKEN": caches.strides[2], "HEADS": heads, "GROUP": group, "HEAD_SIZE": size,
         "SIZE_TILE": triton.next_power_of_2(size), "BLOCK_SIZE": caches.block_size,
@@ -127,7 +128,7 @@ def window_scores_paged(
     launch = {**config.meta, "num_warps": config.num_warps, "num_stages": config.num_stages}
     strides = (rows.blocks.stride(0), *queries.stride()[:4])
     partial_kernel[(programs, chunks, row_tiles)](
-        *cached, *logits, partial, requests, holdings.slots, window, *strides,
+        *cached, *logits, partial, requests, holdings.slots, window, holdings.start, *strides,
         **constants, **launch,
     )  # fmt: skip
     combine = COMBINE_CONFIGS[0]
@@ -137,7 +138,8 @@ def window_scores_paged(
         num_warps=combine.num_warps, num_stages=combine.num_stages,
     )  # fmt: skip
     scores_kernel[(programs, chunks)](
-        *cached, *logits, normal, out, requests, holdings.slots, window, entries, *strides,
+        *cached, *logits, normal, out, requests, holdings.slots, window, entries, holdings.start,
+        *strides,
         **constants, MAXIMUM=reduce == "max", OVER_MAX=over == "max", **launch,
     )  # fmt: skip
     return out

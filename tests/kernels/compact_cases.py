@@ -8,6 +8,7 @@ import paged_cases
 import torch
 from torch import Tensor
 
+from uncomp.importance import in_order
 from uncomp.kernels.compact.launch import scratch_bytes
 from uncomp.kernels.paged import Caches, Holdings, Rows, head_lengths
 
@@ -30,6 +31,7 @@ class Job:
     kept_count: Tensor
     first: Tensor
     full: Tensor
+    begins: Tensor | None = None
 
     @property
     def arguments(self):
@@ -38,13 +40,20 @@ class Job:
             *(self.offsets, self.kept_blocks, self.kept_count),
         )
 
+    @property
+    def options(self):
+        return {} if self.begins is None else {"begins": self.begins}
+
     def copy(self) -> Job:
         tensors = [t.clone() for t in self.caches.tensors]
         return replace(self, caches=Caches.of(tensors), positions=self.positions.clone())
 
     def scratch(self, layers: int | None = None) -> Tensor:
         layers = self.caches.layers if layers is None else layers
-        size = scratch_bytes(self.caches, *self.kept_blocks.shape[:2], layers)
+        requests, blocks = self.kept_blocks.shape
+        if self.begins is not None:  # a layer can keep more than its own blocks hold
+            blocks = -(-self.chosen.shape[2] // (self.caches.heads * self.caches.block_size))
+        size = scratch_bytes(self.caches, requests, blocks, layers)
         return torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
 
 
@@ -62,7 +71,8 @@ def make_job(
     "reversed", the same from the back; "fresh", blocks that it does not use yet.
 
     Random entries below the new tail stay; the last `idle` dealt sub-blocks stay unused. Whatever
-    must not be looked at is garbage.
+    must not be looked at is garbage. Where layers share, later ones keep more, as a device needs it
+    unless the target is "fresh".
     """
     made = paged_cases.make_case(lengths, compacted, seed=seed, spare_slots=4, **case)
     caches, rows, holdings = made.caches, made.rows, made.holdings
@@ -72,7 +82,9 @@ def make_job(
     full = torch.tensor(lengths, dtype=torch.int32) // size
     held = head_lengths(rows, holdings, size)
     counts = torch.zeros(layers, requests, heads, dtype=torch.int32)
-    chosen = torch.full((layers, requests, width * heads * size + 3), GARBAGE, dtype=torch.int32)
+    shared = holdings.shared
+    columns = width * heads * size * (layers if shared else 1) + 3
+    chosen = torch.full((layers, requests, columns), GARBAGE, dtype=torch.int32)
     kept_blocks = torch.full((requests, width), GARBAGE, dtype=torch.int32)
     for row, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
         end = int(full[row])
@@ -83,11 +95,21 @@ def make_job(
         else:
             places = rows.blocks[row, end - count : end]
         kept_blocks[row, :count] = places.flip(0) if target == "reversed" else places
+        eligible = held[:, row] - (length - end * size)
+        most = eligible // size
+        if shared:
+            each = count * heads
+            dealt = split(each * layers - idle * (count > 0), most.flatten(), random)
+            dealt = dealt.view(layers, heads).long()
+            if target != "fresh":
+                dealt = in_order(dealt, each, torch.zeros_like(dealt), most)
+            counts[:, row] = dealt
+        else:
+            for layer in range(layers):
+                total = count * heads - idle * (count > 0)
+                counts[layer, row] = split(total, most[layer], random)
         for layer in range(layers):
-            eligible = held[layer, row] - (length - end * size)
-            most = eligible // size
-            counts[layer, row] = split(count * heads - idle * (count > 0), most, random)
-            ranges = [torch.randperm(int(n), generator=random) for n in eligible]
+            ranges = [torch.randperm(int(n), generator=random) for n in eligible[layer]]
             picked = [
                 r[: int(c) * size].sort().values
                 for r, c in zip(ranges, counts[layer, row], strict=True)
@@ -102,7 +124,7 @@ def make_job(
         Caches.of([on(t) for t in tensors]),
         on(positions),
         Rows(on(rows.blocks), on(rows.lengths), on(rows.slots)),
-        Holdings(on(holdings.counts), on(holdings.offsets), on(holdings.spans)),
+        Holdings(on(holdings.counts), on(holdings.offsets), on(holdings.spans), shared),
         on(chosen),
         on(counts),
         on((counts.cumsum(2) - counts).int()),
@@ -110,6 +132,7 @@ def make_job(
         on(torch.tensor(blocks, dtype=torch.int32)),
         on(full - torch.tensor(blocks, dtype=torch.int32)),
         on(full),
+        on((counts.sum(2).cumsum(0) - counts.sum(2)).int()) if shared else None,
     )
 
 

@@ -37,10 +37,12 @@ def make_case(
     spare_slots: int = 2,
     seed: int = 0,
     spread: float = 1.0,
+    shared: bool = False,
 ) -> Case:
     """Requests of these lengths; `compacted[r]` is (kept blocks, full blocks then), `Pruned`, None.
 
-    Heads of a compacted request get random unequal counts that use up all kept sub-blocks. Cache
+    Heads of a compacted request get random unequal counts that use up all kept sub-blocks, those of
+    each layer or, `shared`, those of all layers. Cache
     values are `spread` times normal; whatever no request holds is NaN (fp8: 240, which has no NaN
     that survives arithmetic unseen).
     """
@@ -50,7 +52,7 @@ def make_case(
     num_blocks = 1 + len(lengths) * width
     order = torch.randperm(num_blocks - 1, generator=random) + 1
     blocks = order[: len(lengths) * width].view(len(lengths), width).to(torch.int32)
-    holdings = Holdings.empty(layers, slots, heads, "cpu")
+    holdings = Holdings.empty(layers, slots, heads, "cpu", shared)
     row_slots = torch.full((len(lengths),), -1, dtype=torch.int32)
     free = torch.randperm(slots, generator=random).tolist()
     for row, compaction in enumerate(compacted):
@@ -66,35 +68,44 @@ def make_case(
         assert kept <= full
         assert full * block_size <= lengths[row]
         holdings.spans[slot] = torch.tensor([full - kept, full])
+        if shared:
+            split = _split(kept * heads * layers, heads * layers, full, random)
+            holdings.counts[:, slot] = split.view(layers, heads)
+            continue
         for layer in range(layers):
             holdings.counts[layer, slot] = _split(kept * heads, heads, full, random)
     holdings.offsets.copy_(holdings.counts.cumsum(2) - holdings.counts)
+    if shared:  # numbered through all layers
+        before = holdings.counts.sum(2).cumsum(0) - holdings.counts.sum(2)
+        holdings.offsets.add_(before.unsqueeze(2))
     rows = Rows(blocks, torch.tensor(lengths, dtype=torch.int32), row_slots)
     shape = (num_blocks, heads, block_size, 2 * head_size)
     storage = torch.float32 if dtype.itemsize == 1 else dtype
     tensors = []
+    for _ in range(layers):
+        empty = 240.0 if dtype.itemsize == 1 else float("nan")
+        tensors.append(torch.full(shape, empty, dtype=storage))
     for layer in range(layers):
-        cache = torch.full(shape, 240.0 if dtype.itemsize == 1 else float("nan"), dtype=storage)
         for row, length in enumerate(lengths):
             for head in range(heads):
-                _fill(cache, rows, holdings, row, layer, head, length, spread, random)
-        cache = cache.to(dtype)
-        if layout == "NHD":
-            cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
-        tensors.append(cache)
+                _fill(tensors, rows, holdings, row, layer, head, length, spread, random)
+    tensors = [cache.to(dtype) for cache in tensors]
+    if layout == "NHD":
+        tensors = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in tensors]
     scales = torch.rand(layers, 2, generator=random) + 0.5 if dtype.itemsize == 1 else None
     return Case(Caches.of(tensors, scales), rows, holdings)
 
 
-def _fill(cache, rows, holdings, row, layer, head, length, spread, random) -> None:
-    heads, block_size = cache.shape[1], cache.shape[2]
+def _fill(caches, rows, holdings, row, layer, head, length, spread, random) -> None:
+    heads, block_size = caches[0].shape[1], caches[0].shape[2]
     slot = int(rows.slots[row])
     count = int(holdings.counts[layer, slot, head]) if slot >= 0 else 0
     full = int(holdings.spans[slot, 1]) if slot >= 0 else 0
     held = count * block_size + length - full * block_size
     assert heads == holdings.counts.shape[2]
     places = sub_blocks(rows, holdings, row, layer, head, -(-held // block_size))
-    for index, (block, inside) in enumerate(places.tolist()):
+    for index, (where, block, inside) in enumerate(places.tolist()):
+        cache = caches[where]
         valid = min(block_size, held - index * block_size)
         values = spread * torch.randn(valid, cache.shape[3], generator=random)
         cache[block, inside, :valid] = values.to(cache.dtype)

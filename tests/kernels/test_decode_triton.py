@@ -102,6 +102,15 @@ def test_mixed_rows(heads, layout):
     check(case, 3, [1] * 6, layers=(0, 2) if heads < 8 else (2,))
 
 
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
+def test_layers_that_share(dtype, layout):
+    compacted = [(2, 5), (3, 4), None, Pruned(3, (0, 1, 2, 0))]
+    options = {"heads": 3, "layers": 4, "layout": layout, "dtype": dtype, "shared": True}
+    case = make_case([90, 64, 33, 50], compacted, **options)
+    check(case, 2, [1] * 4, layers=(0, 1, 2, 3))
+
+
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
 def test_groups(group):
     case = make_case([40, 70], [None, (1, 3)], heads=2)

@@ -21,7 +21,7 @@ from uncomp.kernels.paged import Caches, gather
 TOLERANCE = 2.0**-14
 #: length, (kept, full) blocks of the requests of a launch; the last is very uneven
 LENGTHS = [0, 1, 75, 90]
-COMPACTED: list[tuple[int, int] | Pruned | None] = [None, None, Pruned(2, (0, 1)), (2, 4)]
+COMPACTED: list[tuple[int, int] | Pruned | None] = [None, None, Pruned(2, (0, 1, 0)), (2, 4)]
 
 
 def poisoned(layers: int, requests: int, heads: int, size: int) -> GramBuffers:
@@ -71,6 +71,7 @@ CASES = {
     "bf16 NHD": {"dtype": torch.bfloat16, "layout": "NHD"},
     "fp16 blocks of 32": {"dtype": torch.float16, "block_size": 32},
     "fp8 scaled": {"dtype": torch.float8_e4m3fn},
+    "layers share": {"layers": 3, "shared": True},
     "d=80": {"dtype": torch.bfloat16, "head_size": 80, "heads": 2},
     "d=96": {"dtype": torch.bfloat16, "head_size": 96, "heads": 1},
     "d=128": {"dtype": torch.bfloat16, "head_size": 128, "heads": 2, "layout": "NHD"},
@@ -93,6 +94,16 @@ def test_matches_the_reference(name: str) -> None:
     got = covariance(out, torch.full_like(out.outer, float("nan"))).view(want.outer.shape).double()
     torch.testing.assert_close(got, want.covariance(), atol=TOLERANCE / 16, rtol=0)
     assert torch.equal(got, got.transpose(1, 2))
+
+
+def test_parts_of_layers_that_share() -> None:
+    case = make_case([90, 75], [(2, 4), (1, 4)], layers=4, shared=True)
+    whole = gram_paged(case.caches, case.rows, case.holdings, tables(1, 2))
+    for start, stop in ((0, 1), (1, 3), (3, 4)):
+        parts = case.caches.part(start, stop), case.rows, case.holdings.part(start, stop)
+        got = gram_paged(*parts, tables(1, 2))
+        assert got.outer.equal(whole.outer[start:stop])
+        assert got.total.equal(whole.total[start:stop])
 
 
 @pytest.mark.parametrize("size", [192, 256])

@@ -19,7 +19,13 @@ from uncomp.kernels.paged import (
     stored_sub_blocks,
     sub_blocks,
 )
-from uncomp.kernels.paged.kernel import entry_offset, head_length, head_state
+from uncomp.kernels.paged.kernel import (
+    cache_offset,
+    entry_offset,
+    head_length,
+    head_state,
+    position_offset,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,6 +48,13 @@ def worked() -> tuple[Rows, Holdings]:
     return rows, holdings
 
 
+def places(rows: Rows, holdings: Holdings, row: int, layer: int, head: int, n: int):
+    """Blocks and head slots; all in the layer's own cache."""
+    found = sub_blocks(rows, holdings, row, layer, head, n)
+    assert found[:, 0].eq(layer).all()
+    return found[:, 1:].tolist()
+
+
 def test_lengths_by_hand():
     rows, holdings = worked()
     # Request 1: kept sub-blocks of 2, and 11 - 4 * 2 tokens of the tail.
@@ -50,12 +63,31 @@ def test_lengths_by_hand():
 
 def test_sub_blocks_by_hand():
     rows, holdings = worked()
-    assert sub_blocks(rows, holdings, 0, 0, 1, 3).tolist() == [[7, 1], [2, 1], [4, 1]]
+    assert places(rows, holdings, 0, 0, 1, 3) == [[7, 1], [2, 1], [4, 1]]
     dealt = [[5, 0], [5, 1], [5, 2], [9, 0]]
-    assert sub_blocks(rows, holdings, 1, 0, 0, 6).tolist() == [*dealt, [3, 0], [8, 0]]
-    assert sub_blocks(rows, holdings, 1, 0, 1, 2).tolist() == [[3, 1], [8, 1]]
-    assert sub_blocks(rows, holdings, 1, 0, 2, 3).tolist() == [[9, 1], [9, 2], [3, 2]]
-    assert sub_blocks(rows, holdings, 1, 0, 2, 0).shape == (0, 2)
+    assert places(rows, holdings, 1, 0, 0, 6) == [*dealt, [3, 0], [8, 0]]
+    assert places(rows, holdings, 1, 0, 1, 2) == [[3, 1], [8, 1]]
+    assert places(rows, holdings, 1, 0, 2, 3) == [[9, 1], [9, 2], [3, 2]]
+    assert sub_blocks(rows, holdings, 1, 0, 2, 0).shape == (0, 3)
+
+
+def test_sub_blocks_of_layers_that_share_by_hand():
+    """The request above with a second layer: of 12 sub-blocks layer 0 keeps 3 and layer 1 nine."""
+    rows, _ = worked()
+    holdings = Holdings.empty(2, 2, 3, "cpu", shared=True)
+    holdings.counts[0, 1], holdings.counts[1, 1] = ints(2, 0, 1), ints(5, 4, 0)
+    holdings.offsets[0, 1], holdings.offsets[1, 1] = ints(0, 2, 2), ints(3, 8, 12)
+    holdings.spans[1] = ints(2, 4)
+    assert sub_blocks(rows, holdings, 1, 0, 0, 3).tolist() == [[0, 5, 0], [0, 5, 1], [0, 3, 0]]
+    assert sub_blocks(rows, holdings, 1, 0, 2, 2).tolist() == [[0, 5, 2], [0, 3, 2]]
+    # Numbers 3 to 5 are the second block of layer 0, 6 is the first of layer 1.
+    first = [[0, 9, 0], [0, 9, 1], [0, 9, 2], [1, 5, 0], [1, 5, 1]]
+    second = [[1, 5, 2], [1, 9, 0], [1, 9, 1], [1, 9, 2]]
+    for table in (holdings, holdings.part(1, 2)):
+        layer = 1 - table.start
+        assert sub_blocks(rows, table, 1, layer, 0, 6).tolist() == [*first, [1, 3, 0]]
+        assert sub_blocks(rows, table, 1, layer, 1, 4).tolist() == second
+    assert stored_sub_blocks(rows, holdings, 1, 1).tolist() == [5, 4, 0]
 
 
 def test_a_pruned_prompt_by_hand():
@@ -64,8 +96,8 @@ def test_a_pruned_prompt_by_hand():
     holdings = Holdings.empty(2, 1, 3, "cpu")
     holdings.counts[1], holdings.spans[0] = -1, ints(3, 0)
     assert head_lengths(rows, holdings, 2).tolist() == [[[9, 9, 9]], [[7, 7, 7]]]
-    assert sub_blocks(rows, holdings, 0, 0, 2, 2).tolist() == [[7, 2], [2, 2]]
-    assert sub_blocks(rows, holdings, 0, 1, 2, 4).tolist() == [[2, 2], [4, 2], [5, 2], [0, 2]]
+    assert places(rows, holdings, 0, 0, 2, 2) == [[7, 2], [2, 2]]
+    assert places(rows, holdings, 0, 1, 2, 4) == [[2, 2], [4, 2], [5, 2], [0, 2]]
     assert stored_sub_blocks(rows, holdings, 0, 0).tolist() == [3, 3, 3]
     assert stored_sub_blocks(rows, holdings, 0, 1).tolist() == [2, 2, 2]
 
@@ -155,9 +187,12 @@ def read_kernel(
     counts_ptr,
     offsets_ptr,
     spans_ptr,
+    positions_ptr,
     out_ptr,
+    places_ptr,
     held_ptr,
     num_slots,
+    num_blocks,
     row_stride,
     stride_block,
     stride_head,
@@ -167,8 +202,10 @@ def read_kernel(
     BLOCK_SIZE: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
-    """Grid (R, L, H). `out` [L, R, H, entries, SIZE], `held` [L, R, H] int32."""
+    """Grid (R, L, H). `out` [L, R, H, entries, SIZE], `places` the same without SIZE, `held` [L, R,
+    H] int32."""
     row, layer, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = (layer * tl.num_programs(0) + row) * HEADS + head
     count, offset, first, full = head_state(
@@ -185,7 +222,11 @@ def read_kernel(
     tl.store(held_ptr + line, held)
     entry = tl.arange(0, TILE)
     mask = entry < held
-    at = entry_offset(
+    own = tl.load(pointers_ptr + layer)
+    at = cache_offset(
+        pointers_ptr,
+        own,
+        layer,
         blocks_ptr + row * row_stride,
         entry,
         mask,
@@ -199,8 +240,30 @@ def read_kernel(
         stride_token,
         HEADS,
         BLOCK_SIZE,
+        4,
+        SHARED,
     )
-    cache = tl.load(pointers_ptr + layer).to(tl.pointer_type(tl.float32))
+    # As of a table whose first layer is number 1 of all.
+    of_layer = positions_ptr + num_blocks * HEADS * BLOCK_SIZE
+    place = position_offset(
+        1,
+        layer - 1,
+        num_blocks,
+        blocks_ptr + row * row_stride,
+        entry,
+        mask,
+        count,
+        offset,
+        first,
+        full,
+        head,
+        HEADS,
+        BLOCK_SIZE,
+        SHARED,
+    )
+    found = tl.load(of_layer + place, mask=mask, other=0)
+    tl.store(places_ptr + line * entries + entry, found, mask=entry < entries)
+    cache = own.to(tl.pointer_type(tl.float32))
     element = tl.arange(0, SIZE)
     values = tl.load(cache + at[:, None] + element[None, :], mask=mask[:, None], other=0.0)
     target = out_ptr + (line * entries + entry[:, None]) * SIZE + element[None, :]
@@ -215,6 +278,8 @@ CASES = {
     "pruned": ([64, 85, 80], [Pruned(4, (0, 1)), (2, 4), Pruned(4, (2, 3))], {}),
     "odd": ([29, 50, 24], [(2, 3), None, (3, 3)], {"heads": 7, "block_size": 8, "layers": 3}),
     "one head": ([50, 64], [(1, 3), None], {"heads": 1, "layers": 1}),
+    "shared": ([64, 85, 70], [None, (2, 4), (1, 4)], {"layers": 4, "shared": True}),
+    "shared odd": ([29, 50], [(2, 3), (3, 3)], {"heads": 5, "block_size": 8, "shared": True}),
 }
 
 
@@ -235,12 +300,18 @@ def test_device_functions_find_what_the_reference_finds(name, layout):
     tile = 128
     held = torch.full((caches.layers, len(lengths), heads), -1, dtype=torch.int32, device=DEVICE)
     out = torch.full((*held.shape, tile, 8), float("nan"), device=DEVICE)
+    found_places = torch.zeros((*held.shape, tile), dtype=torch.int32, device=DEVICE)
+    shape = (caches.layers, caches.tensors[0].shape[0], heads, size)
+    positions = torch.randint(2**31 - 1, shape, dtype=torch.int32)
     read_kernel[(len(lengths), caches.layers, heads)](
         caches.pointers,
         *tables,
+        positions.to(DEVICE),
         out,
+        found_places,
         held,
         case.holdings.slots,
+        shape[1],
         case.rows.blocks.stride(0),
         *caches.strides,
         tile,
@@ -248,6 +319,7 @@ def test_device_functions_find_what_the_reference_finds(name, layout):
         BLOCK_SIZE=size,
         SIZE=8,
         TILE=tile,
+        SHARED=case.holdings.shared,
     )
     assert held.cpu().long().equal(head_lengths(case.rows, case.holdings, size))
     for layer in range(caches.layers):
@@ -256,6 +328,10 @@ def test_device_functions_find_what_the_reference_finds(name, layout):
             found = out[layer, row].cpu()
             assert found[:, : keys.shape[1]].equal(torch.cat([keys, values], -1))
             assert found[:, keys.shape[1] :].eq(0).all()
+            for head, length in enumerate(held[layer, row].tolist()):
+                at = sub_blocks(case.rows, case.holdings, row, layer, head, -(-length // size))
+                there = positions[at.unbind(1)].flatten()[:length]
+                assert found_places[layer, row, head, :length].cpu().equal(there)
 
 
 @triton.jit

@@ -21,9 +21,11 @@ LENGTHS = [61, 50, 7, 38, 60]
 COMPACTED = [None, (5, 9), None, (2, 8), Pruned(7, (0, 4))]
 
 
-def make_terms(lengths=LENGTHS, compacted=COMPACTED, sinks=3, window=6, spans=0, full=None):
+def make_terms(
+    lengths=LENGTHS, compacted=COMPACTED, sinks=3, window=6, spans=0, full=None, **options
+):
     """Terms over random cache places; unused positions are ones that would be forced."""
-    case = make_case(lengths, compacted, head_size=16, block_size=BLOCK)
+    case = make_case(lengths, compacted, head_size=16, block_size=BLOCK, **options)
     rows, holdings, caches = case.rows, case.holdings, case.caches
     positions = torch.full((caches.layers, caches.tensors[0].shape[0], caches.heads, BLOCK), -1)
     for row, compaction in enumerate(compacted):
@@ -34,7 +36,7 @@ def make_terms(lengths=LENGTHS, compacted=COMPACTED, sinks=3, window=6, spans=0,
                 seen = full_then * BLOCK
                 kept = torch.randperm(seen)[: count * BLOCK].sort().values.view(-1, BLOCK)
                 at = sub_blocks(rows, holdings, row, layer, head, count)
-                positions[layer, at[:, 0], at[:, 1]] = kept
+                positions[at.unbind(1)] = kept
     if full is None:
         full = [length // BLOCK for length in lengths]
     protect = torch.randint(0, max(lengths), (len(lengths), spans, 2)).sort(2).values
@@ -62,9 +64,7 @@ def dense(terms: Terms, layer: int, row: int) -> tuple[Tensor, Tensor, Tensor, T
     for head in range(terms.shape[2]):
         count = stored(terms.holdings, slot, layer, head)
         places = sub_blocks(terms.rows, terms.holdings, row, layer, head, count)
-        positions[head, : count * BLOCK] = terms.positions[
-            layer, places[:, 0], places[:, 1]
-        ].flatten()
+        positions[head, : count * BLOCK] = terms.positions[places.unbind(1)].flatten()
     valid = at < lengths[:, None]
     eligible = valid & (positions < int(terms.full[row]) * BLOCK)
     forced = eligible & ((positions < terms.sinks) | (positions >= total - terms.window))
@@ -145,6 +145,18 @@ def test_limits(spans, sinks, window):
         _, _, may, must = dense(terms, layer, row)
         assert eligible[layer, row].tolist() == may.sum(1).tolist()
         assert forced[layer, row].tolist() == must.sum(1).tolist()
+
+
+def test_layers_that_share():
+    compacted = [None, (5, 9), None, (2, 8), Pruned(7, (0, 4, 2))]
+    terms = make_terms(compacted=compacted, spans=2, layers=3, shared=True)
+    raw = scores(terms, "ties")
+    check_choice(terms, raw, pooled_by_reference(terms, raw, 3))
+    part = dataclasses.replace(
+        terms, holdings=terms.holdings.part(1, 3), positions=terms.positions[1:]
+    )
+    for of_part, of_all in zip(limits(part), limits(terms), strict=True):
+        assert of_part.equal(of_all[1:])
 
 
 def test_limits_count_a_whole_head_and_nothing():

@@ -80,6 +80,19 @@ def test_plain_and_compacted_rows_of_unequal_length(layout, reduce):
     check(case, window=8, reduce=reduce)
 
 
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_layers_that_share(layout):
+    case = make_case([70, 83, 9], [(1, 4), (2, 4), None], layers=4, layout=layout, shared=True)
+    check(case, window=8)
+    parts = case.caches.part(2, 4), case.rows, case.holdings.part(2, 4)
+    queries, scale = torch.randn(4, 3, 8, 6, 64), torch.ones(4)
+    out = torch.full((4, 3, 3, 160), -1.0)
+    window_scores_paged(case.caches, case.rows, case.holdings, queries, scale, None, "sum", out)
+    got = torch.full((2, 3, 3, 160), -1.0)
+    window_scores_paged(*parts, queries[2:], scale[2:], None, "sum", got)
+    assert got.equal(out[2:])
+
+
 def test_pruned_prompts():
     check(make_case([70, 83], [Pruned(4, (0, 3)), Pruned(5, (1, 2))]), window=8)
 
