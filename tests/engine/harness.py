@@ -142,9 +142,11 @@ class Engine:
     def _count_exchanges(self, manager: Any) -> None:
         original = manager.make_private
 
-        def make_private(request_id: str, first: int, last: int) -> tuple[int, ...] | None:
+        def make_private(
+            request_id: str, first: int, last: int, fresh: bool = False
+        ) -> tuple[int, ...] | None:
             before = [block.block_id for block in manager.req_to_blocks[request_id][first:last]]
-            blocks = original(request_id, first, last)
+            blocks = original(request_id, first, last, fresh)
             self.exchanged += sum(a != b for a, b in zip(before, blocks or before, strict=True))
             return blocks
 

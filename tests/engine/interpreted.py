@@ -6,9 +6,15 @@ but for CUDA graphs and streams.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from harness import Ask, Engine, running
+from reference import Reference
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,6 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from uncomp.engine import activate
 from uncomp.engine.device_worker import DeviceWorker
 from uncomp.engine.sub_block_backend import SubBlockBuilder, SubBlockImpl
 
@@ -25,6 +32,7 @@ WORKER = f"{__name__}.InterpretedWorker"
 FP8 = torch.float8_e4m3fn
 #: smaller in tests: several launches for each compaction
 ARENA_BYTES = 3 << 20
+ARGUMENTS = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 60_000_000}
 
 
 class InterpretedBackend(CPUAttentionBackend):
@@ -135,3 +143,35 @@ def short_model(model: Any, folder: Any, layers: int) -> Any:
     kept = {name: t.contiguous() for name, t in weights.items() if not name.startswith(dropped)}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@contextmanager
+def interpreting(model: Path, settings: dict[str, Any], **arguments: Any) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(activate.WORKERS, "cpu", WORKER)
+        with running(model, settings, **{**ARGUMENTS, **arguments}) as engine:
+            yield engine
+
+
+def assert_as_masked_reference(
+    engine: Engine, model: Path, asks: list[Ask], least: int, pool: int | None = None
+) -> None:
+    """Serve; every log-probability as with all but the kept entries masked.
+
+    Args:
+        least: compactions.
+        pool: blocks to serve from; None: all.
+    """
+    with engine.pool_of(pool) if pool else nullcontext():
+        answers = engine.serve(asks)
+    traces = {name: engine.trace(group[0].request_id) for name, group in answers.items()}
+    assert engine.leftovers() == {}
+    compactions = {name: len(trace) for name, trace in traces.items()}
+    assert sum(compactions.values()) >= least, compactions
+    reference = Reference(model, torch.float32)
+    for name, [answer] in answers.items():
+        expected = reference.logprobs(answer.prompt, answer.tokens, traces[name])
+        for row, step in zip(expected, answer.logprobs, strict=True):
+            for token, logprob in step.items():
+                # float32 in another order of sums, as in test_equality.py
+                assert logprob == pytest.approx(float(row[token]), abs=5e-4), name

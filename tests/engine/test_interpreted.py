@@ -6,24 +6,22 @@ relocated answer like the unmodified engine; dropping answers like the masked re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import interpreted
 import pytest
 import torch
-from harness import Ask, Engine, running
-from reference import Reference
+from harness import Ask, running
+from interpreted import assert_as_masked_reference, interpreting
 from traffic import OFF, Source
 
-from uncomp.engine import activate, conflicts
+from uncomp.engine import conflicts
 
 # The entropy kernels are loops over d = 64 steps, seconds for each head when they are interpreted:
 # one test runs them, the others deal equally or by score.
 SETTINGS = {"policy": "uniform", "keep": 0.34, "min_tokens": 64, "recompact_every": 32}
-ARGUMENTS = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 60_000_000}
+ARGUMENTS = interpreted.ARGUMENTS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 
@@ -31,14 +29,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are c
 @pytest.fixture(scope="module")
 def model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreted.short_model(demo_model, tmp_path_factory.mktemp("short"), 2)
-
-
-@contextmanager
-def interpreting(model: Path, settings: dict[str, Any], **arguments: Any) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(activate.WORKERS, "cpu", interpreted.WORKER)
-        with running(model, settings, **{**ARGUMENTS, **arguments}) as engine:
-            yield engine
 
 
 def traffic(model: Path) -> list[Ask]:
@@ -54,20 +44,6 @@ def traffic(model: Path) -> list[Ask]:
         Ask("protected", source.take(150), extra={"kv_protect": "10:50"}, tokens=34),
         Ask("off", source.take(90), tokens=4, extra=OFF),
     ]
-
-
-def assert_as_masked_reference(engine: Engine, model: Path, asks: list[Ask], least: int) -> None:
-    answers = engine.serve(asks)
-    traces = {name: engine.trace(group[0].request_id) for name, group in answers.items()}
-    assert engine.leftovers() == {}
-    assert sum(len(trace) for trace in traces.values()) >= least
-    reference = Reference(model, torch.float32)
-    for name, [answer] in answers.items():
-        expected = reference.logprobs(answer.prompt, answer.tokens, traces[name])
-        for row, step in zip(expected, answer.logprobs, strict=True):
-            for token, logprob in step.items():
-                # float32 in another order of sums, as in test_equality.py
-                assert logprob == pytest.approx(float(row[token]), abs=5e-4), name
 
 
 def test_dropping_answers_as_the_masked_reference(model: Path, tmp_path: Path) -> None:

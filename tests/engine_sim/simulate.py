@@ -265,9 +265,11 @@ class Simulation:
             self.happened["freed"] += len(before)
             return len(before)
 
-        def made_private(request_id: str, first: int, last: int) -> tuple[int, ...] | None:
+        def made_private(
+            request_id: str, first: int, last: int, fresh: bool = False
+        ) -> tuple[int, ...] | None:
             before = [b.block_id for b in self.manager.req_to_blocks[request_id][first:last]]
-            blocks = make_private(request_id, first, last)
+            blocks = make_private(request_id, first, last, fresh)
             self.happened["postponed" if blocks is None else "ordered"] += 1
             changed = [a != b for a, b in zip(before, blocks or before, strict=True)]
             self.happened["exchanged"] += sum(changed)

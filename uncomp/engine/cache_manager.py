@@ -116,22 +116,27 @@ class CompressedManager(FullAttentionManager):
         inherited = getattr(super(), "get_num_common_prefix_blocks", None)
         return 0 if self.compacted or inherited is None else inherited(running_request_id)
 
-    def make_private(self, request_id: str, first: int, last: int) -> tuple[int, ...] | None:
+    def make_private(
+        self, request_id: str, first: int, last: int, fresh: bool = False
+    ) -> tuple[int, ...] | None:
         """Make blocks ``[first, last)`` of a request's row its own, to be written over.
 
         Unshared blocks lose their hash; a block that another request holds is exchanged for a new
         one (its old content is still read this step: it cannot be reallocated before the next).
 
+        Args:
+            fresh: exchange all of them, for ones that hold nothing of the request.
+
         Returns:
             The ids, or ``None`` if the pool has too few free blocks; nothing is changed then.
         """
         row = self.req_to_blocks[request_id]
-        shared = [i for i in range(first, last) if row[i].ref_cnt > 1]
-        if len(shared) > self.block_pool.get_num_free_blocks():
+        changed = [i for i in range(first, last) if fresh or row[i].ref_cnt > 1]
+        if len(changed) > self.block_pool.get_num_free_blocks():
             return None
-        replaced = [row[i] for i in shared]
-        fresh = self.block_pool.get_new_blocks(len(shared)) if shared else []
-        for i, block in zip(shared, fresh, strict=True):
+        replaced = [row[i] for i in changed]
+        new = self.block_pool.get_new_blocks(len(changed)) if changed else []
+        for i, block in zip(changed, new, strict=True):
             row[i] = block
         self._release(replaced)
         self.block_pool.evict_blocks({row[i].block_id for i in range(first, last)})

@@ -147,12 +147,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda c: c.model_config.runner_type == "pooling",
     ),
     Conflict(
-        "a budget that all layers share, on a GPU",
-        "the kernels there look for a layer's entries in its own cache only",
-        "set shares to 'policy'",
-        lambda c: c.device_config.device_type != "cpu" and _shares_layers(c),
-    ),
-    Conflict(
         "multi-head latent attention (MLA)",
         "its cache has no KV heads",
         "serve this model without compression",
@@ -178,6 +172,12 @@ PRUNING_CONFLICTS: tuple[Conflict, ...] = (
             c.scheduler_config.max_num_batched_tokens < c.model_config.max_model_len
             or 0 < c.scheduler_config.long_prefill_token_threshold < c.model_config.max_model_len
         ),
+    ),
+    Conflict(
+        "prefill pruning with a budget that all layers share, on a GPU",
+        "its layers are worked off in another order there",
+        "set shares to 'policy' or drop --prefill-keep",
+        lambda c: c.device_config.device_type != "cpu" and _shares_layers(c),
     ),
     Conflict(
         "prefill pruning with LoRA",

@@ -22,8 +22,10 @@ from uncomp.config import UncompConfig
 from uncomp.engine.arena import Arena, aligned
 from uncomp.engine.device_clock import DeviceClock
 from uncomp.engine.device_orders import Facts, Job, facts_of, widest
+from uncomp.engine.device_shares import Dealt, deal_order, dealt
 from uncomp.engine.device_state import DeviceRequests, DeviceSlot, to_device
 from uncomp.engine.orders import Receipt
+from uncomp.importance import Needs
 from uncomp.kernels.compact.launch import compact, scratch_bytes
 from uncomp.kernels.entropy import Measure
 from uncomp.kernels.entropy.launch import Scratch, spectral_entropy
@@ -53,6 +55,8 @@ class DeviceCompactor:
         calibrated: [layers, heads] entropies of this rank from a calibration file, or None.
         rank: names the trace file.
         rotaries: how the keys of each layer are rotated; None: not at all.
+        needs: of these layers and heads, which share one budget, in ascending order of what layers
+            need; None: the policy deals every layer's part.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class DeviceCompactor:
         calibrated: Tensor | None = None,
         rank: int = 0,
         rotaries: Sequence[Rotary | None] | None = None,
+        needs: Needs | None = None,
     ) -> None:
         self.config, self.policy, self.caches = config, policy, caches
         self.positions, self.layer_numbers = positions, list(layer_numbers)
@@ -76,6 +81,7 @@ class DeviceCompactor:
         self.requests, self.arena = requests, arena
         self.calibrated = None if calibrated is None else calibrated.to(caches.device)
         self.rotaries = rotaries or [None] * len(self.layer_numbers)
+        self.needs = needs
         self.clock = DeviceClock(caches.device)
         self._trace = Path(config.trace, f"kept-{rank}.jsonl") if config.trace else None
         if self._trace is not None:
@@ -107,12 +113,19 @@ class DeviceCompactor:
         return window, job.order.generation > 1
 
     def _run_group(self, jobs: list[Job], table: Tensor) -> list[Receipt]:
-        if len(jobs) > 1 and self._layer_bytes(jobs) > self.arena.size:
+        host = self._deal(jobs)
+        width = self._width(jobs, host)
+        needed = self._layer_bytes(jobs, width)
+        if len(jobs) > 1 and needed > self.arena.size:
             half = len(jobs) // 2
             return self._run_group(jobs[:half], table) + self._run_group(jobs[half:], table)
+        shares = None
+        if self.requests.holdings.shared:
+            orders = [job.order for job in jobs]
+            shares = dealt(host, orders, (self.caches.layers, self.caches.heads), table.device)
         facts = facts_of(jobs, table, self.requests, self.caches, self.config.online_tokens)
         layers = self.caches.layers
-        at_once = max(1, min(layers, self.arena.size // self._layer_bytes(jobs)))
+        at_once = max(1, min(layers, self.arena.size // needed))
         if 4 < at_once < layers:
             at_once -= at_once % 4  # kernels are specialised on addresses that 16 bytes divide
         entropies = self._known_entropies(jobs)
@@ -121,19 +134,37 @@ class DeviceCompactor:
             stop = min(start + at_once, layers)
             self.arena.clear()
             known = None if entropies is None else entropies[start:stop]
-            part = self._part(facts, start, stop, known)
+            part = self._part(facts, start, stop, known, shares, width)
             counts.append(part[0])
             offsets.append(part[1])
             if part[2] is not None:
                 measured.append(part[2])
         entropy = entropies if entropies is not None or not measured else torch.cat(measured)
-        return self._record(jobs, facts, torch.cat(counts), torch.cat(offsets), entropy)
+        return self._record(jobs, facts, torch.cat(counts), torch.cat(offsets), entropy, host)
 
-    def _layer_bytes(self, jobs: list[Job]) -> int:
-        """Working memory that one layer of these orders takes."""
+    def _deal(self, jobs: list[Job]) -> list[Tensor]:
+        """What every order leaves, [layers, heads] int64 each; empty where the policy deals."""
+        if self.needs is None or self.config.relocate:
+            return []
+        shape, size = (self.caches.layers, self.caches.heads), self.caches.block_size
+        slots = [self.requests.slots.get(job.order.request_id) for job in jobs]
+        return [
+            deal_order(self.needs, job.order, slot, self.config, shape, size)
+            for job, slot in zip(jobs, slots, strict=True)
+        ]
+
+    def _width(self, jobs: list[Job], host: list[Tensor]) -> int:
+        """Entries that the longest dealt list of a layer can have; whole blocks."""
+        most = max(len(job.order.kept_blocks) for job in jobs)
+        if host:
+            most = max(-(-int(counts.sum(1).max()) // self.caches.heads) for counts in host)
+        return most * self.caches.heads * self.caches.block_size
+
+    def _layer_bytes(self, jobs: list[Job], width: int) -> int:
+        """Working memory that one layer of these orders takes; `width`: see `_width`."""
         caches, requests = self.caches, len(jobs)
         entries = widest(jobs, self.requests, self.caches.block_size)
-        blocks = max(len(job.order.kept_blocks) for job in jobs)
+        blocks = width // (caches.heads * caches.block_size)
         heads = requests * caches.heads
         window = query_heads = 0
         if jobs[0].queries is not None:
@@ -143,7 +174,7 @@ class DeviceCompactor:
         sizes = (
             *[4 * heads * entries] * parts,  # raw scores
             *[4 * heads * entries] * parts,  # pooled scores
-            4 * heads * blocks * caches.block_size,  # chosen
+            4 * requests * width,  # chosen
             4 * workspace_size(1, requests, query_heads, window, entries),
             8 * heads * caches.head_size**2,  # Gram and covariance; the latter is scratch later
             4 * heads * (caches.head_size**2 + 10 * padded + 16),
@@ -168,9 +199,15 @@ class DeviceCompactor:
         return None
 
     def _part(
-        self, facts: Facts, start: int, stop: int, entropy: Tensor | None
+        self,
+        facts: Facts,
+        start: int,
+        stop: int,
+        entropy: Tensor | None,
+        shares: Dealt | None,
+        width: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Compact layers [start, stop).
+        """Compact layers [start, stop); `shares`: where all layers share one budget.
 
         Returns:
             counts, offsets [l, R, H] int32, entropy [l, R, H] or None.
@@ -190,6 +227,7 @@ class DeviceCompactor:
         )
         eligible, forced = limits(terms)
         maximum = eligible.long() // caches.block_size
+        given = None if shares is None or shares.counts is None else shares.counts[start:stop]
         parts = self.policy.parts()[: 1 if config.relocate else None]
         scores = [self._scores(part, facts, caches, holdings, start) for part in parts]
         raw = pooled = scores[0]
@@ -203,33 +241,34 @@ class DeviceCompactor:
                     pool(one, terms, config.pooling, out, kind=kind)
                 scores = outs
             mask = None
-            if self.policy.deals_by_score or len(scores) > 1:
+            by_score = self.policy.deals_by_score and given is None
+            if by_score or len(scores) > 1:
                 mask = torch.arange(raw.shape[-1], device=caches.device) < eligible.unsqueeze(-1)
             pooled = scores[0] if mask is None else self.policy.combine(scores, mask)
-            if self.policy.needs_entropy and entropy is None:
+            if self.policy.needs_entropy and entropy is None and given is None:
                 entropy = self._measure(facts, caches, holdings)
-            by_score = self.policy.deals_by_score
-            counts = self.policy.share(
-                entropy,
-                pooled if by_score else None,
-                mask if by_score else None,
-                (facts.kept.long() * caches.heads).expand(caches.layers, -1),
-                -(-forced.long() // caches.block_size),
-                maximum,
-                caches.block_size,
-            )
-        counts = counts.to(torch.int32)
+            if given is None:
+                counts = self.policy.share(
+                    entropy,
+                    pooled if by_score else None,
+                    mask if by_score else None,
+                    (facts.kept.long() * caches.heads).expand(caches.layers, -1),
+                    -(-forced.long() // caches.block_size),
+                    maximum,
+                    caches.block_size,
+                )
+        counts = counts.to(torch.int32) if given is None else given
         offsets = (counts.cumsum(-1) - counts).to(torch.int32)
-        width = facts.kept_blocks.shape[1] * caches.heads * caches.block_size
         chosen = self.arena.take((caches.layers, rows.lengths.shape[0], width), torch.int32)
         choose(raw, pooled, terms, counts, offsets, chosen)
         scored = self.clock.mark()
+        begins = None if shares is None else shares.begins[start:stop]
         compact(
             caches, positions, rows, holdings, chosen, counts, offsets, facts.kept_blocks,
-            facts.kept, self.arena.rest(),
+            facts.kept, self.arena.rest(), begins=begins,
         )  # fmt: skip
         self.clock.add(mark, scored, self.clock.mark())
-        return counts, offsets, entropy
+        return counts, offsets if begins is None else offsets + begins.unsqueeze(2), entropy
 
     def _scores(
         self, policy: Policy, facts: Facts, caches: Caches, holdings: Holdings, start: int
@@ -272,7 +311,7 @@ class DeviceCompactor:
         stored = stored_sub_blocks(facts.rows, holdings, row, layer).tolist()
         for head, count in enumerate(stored):
             at = sub_blocks(facts.rows, holdings, row, layer, head, count)
-            kept = self.positions[layer, at[:, 0], at[:, 1]].flatten()
+            kept = self.positions[at.unbind(1)].flatten()
             positions[head, : kept.shape[0]] = kept
         return LayerView(
             self.layer_numbers[layer], keys, lengths, positions, rotary=self.rotaries[layer],
@@ -305,6 +344,7 @@ class DeviceCompactor:
         counts: Tensor,
         offsets: Tensor,
         entropy: Tensor | None,
+        host: list[Tensor],
     ) -> list[Receipt]:
         receipts, slots = [], []
         layers, heads, size = self.caches.layers, self.caches.heads, self.caches.block_size
@@ -318,16 +358,21 @@ class DeviceCompactor:
                 before = [n + (order.full_blocks - old.full_blocks) * heads for n in old.held]
             index = old.index if old is not None else self.requests.take()
             own = None if entropy is None else entropy[:, i].clone()
-            dealt = len(order.kept_blocks) * heads
-            held = tuple(min(dealt, n) for n in before)
+            each = len(order.kept_blocks) * heads
+            held = tuple(min(each, n) for n in before)
+            known = host[i] if host else None
+            if known is not None:
+                held, most = tuple(known.sum(1).tolist()), int(known.max())
             self.requests.slots[order.request_id] = DeviceSlot(
-                index, order.generation, order.full_blocks, held, min(most, dealt), own
-            )
+                index, order.generation, order.full_blocks, held, min(most, each * layers), own,
+                known,
+            )  # fmt: skip
             slots.append(index)
-            each = layers * heads
-            tail = (order.num_tokens - order.full_blocks * size) * each
+            tail = (order.num_tokens - order.full_blocks * size) * layers * heads
             seen, left = sum(before) * size + tail, sum(held) * size + tail
-            receipts.append(Receipt(order.request_id, order.generation, seen, left, 0.0, 0.0, each))
+            receipts.append(
+                Receipt(order.request_id, order.generation, seen, left, 0.0, 0.0, layers * heads)
+            )
         at = to_device(slots, torch.int64, self.caches.device)
         holdings = self.requests.holdings
         holdings.counts.index_copy_(1, at, counts)
@@ -341,16 +386,20 @@ class DeviceCompactor:
             return
         order = job.order
         slot = self.requests.slots[order.request_id]
-        counts = self.requests.holdings.counts[:, slot.index].cpu()
+        holdings = self.requests.holdings
+        counts = holdings.counts[:, slot.index].tolist()
+        offsets = holdings.offsets[:, slot.index].tolist()
         blocks = torch.tensor(order.kept_blocks)
         positions = self.positions.cpu()[:, blocks].flatten(1, 2)  # [layers, dealt, block_size]
-        kept = []
-        for layer, row in enumerate(counts.tolist()):
-            start, heads = 0, []
-            for count in row:
-                heads.append(positions[layer, start : start + count].flatten().tolist())
-                start += count
-            kept.append(heads)
+        if holdings.shared:
+            positions = positions.flatten(0, 1).expand(self.caches.layers, -1, -1)
+        of_layers = {
+            number: [table[at : at + n].flatten().tolist() for at, n in zip(*row, strict=True)]
+            for number, table, *row in zip(
+                self.layer_numbers, positions, offsets, counts, strict=True
+            )
+        }
+        kept = [of_layers[number] for number in sorted(of_layers)]
         record = {
             "request_id": order.request_id,
             "generation": order.generation,

@@ -34,6 +34,8 @@ class DeviceSlot:
         held: sub-blocks that hold what was kept, in each layer.
         most: sub-blocks that a head can have kept at most.
         entropy: [layers, heads] on the device, kept for later compactions; or None.
+        counts: [layers, heads] int64 in host memory, sub-blocks that heads have kept, where all
+            layers share one budget; or None.
     """
 
     index: int
@@ -42,6 +44,7 @@ class DeviceSlot:
     held: tuple[int, ...]
     most: int
     entropy: Tensor | None
+    counts: Tensor | None = None
 
 
 class DeviceRequests:
@@ -50,11 +53,19 @@ class DeviceRequests:
     Args:
         layers, heads: attention layers and KV heads of this rank.
         max_requests: requests that run at once at most.
+        shared: whether entries of a layer may lie in other layers' caches.
     """
 
-    def __init__(self, layers: int, heads: int, max_requests: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        max_requests: int,
+        device: torch.device,
+        shared: bool = False,
+    ) -> None:
         self.slots: dict[str, DeviceSlot] = {}
-        self.holdings = Holdings.empty(layers, max_requests, heads, device)
+        self.holdings = Holdings.empty(layers, max_requests, heads, device, shared)
         self._free = list(range(max_requests - 1, -1, -1))
 
     def __contains__(self, request_id: str) -> bool:

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from uncomp.config import UncompConfig
 from uncomp.engine.arena import LEAST_BYTES, Arena
 from uncomp.engine.by_config import ByConfig
-from uncomp.engine.calibrated import rank_entropies, schedule_of
+from uncomp.engine.calibrated import rank_entropies, rank_needs, schedule_of, shares_layers
 from uncomp.engine.device_compactor import DeviceCompactor
 from uncomp.engine.device_prompts import DevicePrompts
 from uncomp.engine.device_seat import DeviceSeat
@@ -28,6 +28,9 @@ from uncomp.kernels.paged import Caches
 from uncomp.pruning import WIDEST
 
 logger = logging.getLogger("vllm.uncomp")
+
+#: keep ratio that the order of layers is taken from where a budget in tokens is set
+_TYPICAL_KEEP = 0.125
 
 
 class DeviceWorker(CompactingWorker):
@@ -95,8 +98,25 @@ class DeviceWorker(CompactingWorker):
         statistics = heads * (16 * size * size + 64 * size)
         return max(LEAST_BYTES, 2 * (longest + statistics))
 
-    def _make_seat(self) -> DeviceSeat:
+    def _layers_in_order(self) -> dict[str, Any]:
+        """The attention layers; where they share one budget, those that need least come first.
+
+        A compaction works them off in this order, and then finds room in what it has read; see
+        `uncomp.importance.in_order`.
+        """
         layers: dict[str, Any] = dict(self._attention_layers())
+        if not shares_layers(self._uncomp):
+            return layers
+        numbers = [extract_layer_index(name) for name in layers]
+        heads = self.model_config.get_num_kv_heads(self.parallel_config)
+        needs = rank_needs(self._uncomp, self.vllm_config, numbers, heads)
+        assert needs is not None
+        least = needs.at(self._uncomp.keep or _TYPICAL_KEEP).sum(1).tolist()
+        ranked = sorted(zip(least, range(len(least)), layers, strict=True))
+        return {name: layers[name] for _, _, name in ranked}
+
+    def _make_seat(self) -> DeviceSeat:
+        layers = self._layers_in_order()
         impls = [layer.impl for layer in layers.values()]
         for i, impl in enumerate(impls):
             impl.layer_index = i
@@ -110,7 +130,8 @@ class DeviceWorker(CompactingWorker):
             scales = torch.stack(pairs)
         caches = Caches.of(tensors, scales)
         most = self.vllm_config.scheduler_config.max_num_seqs
-        requests = DeviceRequests(caches.layers, caches.heads, most, caches.device)
+        shared = shares_layers(self._uncomp)
+        requests = DeviceRequests(caches.layers, caches.heads, most, caches.device, shared)
         store = None
         dtype = cast(torch.dtype, self.model_config.dtype)
         schedule = schedule_of(self._uncomp, self.model_config.hf_text_config)
@@ -127,7 +148,7 @@ class DeviceWorker(CompactingWorker):
         softcaps = [float(impl.logits_soft_cap or 0) for impl in impls]
         capping = torch.tensor(softcaps, device=caches.device)
 
-        turned = self._rotaries()
+        turned = dict(zip(self._attention_layers(), self._rotaries(), strict=True))
 
         def compactor(config: UncompConfig) -> DeviceCompactor:
             entropies = rank_entropies(config, self.vllm_config, numbers, caches.heads)
@@ -143,7 +164,8 @@ class DeviceWorker(CompactingWorker):
                 arena,
                 entropies,
                 self.rank,
-                turned,
+                [turned[name] for name in layers],
+                rank_needs(config, self.vllm_config, numbers, caches.heads),
             )
 
         default = compactor(self._uncomp)

@@ -40,6 +40,21 @@ class Order:
         """Index in the request's block row of the first block that stays."""
         return self.full_blocks - len(self.kept_blocks)
 
+    def forced_tokens(self, sinks: int, recent: int, block_size: int) -> int:
+        """Tokens of the full blocks that every head keeps in any case.
+
+        Args:
+            sinks, recent: first and last tokens of the sequence that stay.
+        """
+        limit = self.full_blocks * block_size
+        number = end = 0
+        for start, stop in sorted([(0, sinks), (self.num_tokens - recent, limit), *self.protect]):
+            start, stop = max(start, end), min(stop, limit)
+            if start < stop:
+                number += stop - start
+                end = stop
+        return number
+
 
 @dataclass(frozen=True)
 class Pruning:

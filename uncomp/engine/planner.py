@@ -59,6 +59,7 @@ class CompactionPlanner:
         counters: where to count.
         schedule: where prompt tokens leave; ``None``: prompts are not pruned.
         wide_rows: the worker attends to compressed rows of several tokens.
+        apart: compactions after the first of a request write to blocks that hold nothing of it.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class CompactionPlanner:
         counters: Counters,
         schedule: Schedule | None = None,
         wide_rows: bool = False,
+        apart: bool = False,
     ) -> None:
         self.config = config
         self.manager = manager
@@ -77,6 +79,7 @@ class CompactionPlanner:
         self.counters = counters
         self.schedule = schedule
         self.wide_rows = wide_rows
+        self.apart = apart
         self.tracked: dict[str, Tracked] = {}
 
     def admit(self, request: Any) -> None:
@@ -277,7 +280,8 @@ class CompactionPlanner:
             tracked.trigger = tracked.target.next_trigger(computed)
             return None
         keep = tracked.target.kept_blocks(computed)
-        blocks = self.manager.make_private(request_id, full - keep, full)
+        fresh = self.apart and tracked.generation > 0
+        blocks = self.manager.make_private(request_id, full - keep, full, fresh)
         if blocks is None:
             self.counters.refused("no_free_block")  # tried again with the next step
             return None

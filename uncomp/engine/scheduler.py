@@ -9,7 +9,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from uncomp.engine.cache_manager import CompressedManager
-from uncomp.engine.calibrated import schedule_of
+from uncomp.engine.calibrated import schedule_of, shares_layers
 from uncomp.engine.counters import Counters, counter_file
 from uncomp.engine.orders import ATTRIBUTE
 from uncomp.engine.planner import CompactionPlanner
@@ -45,13 +45,16 @@ class _Compacting(_Base):
         )
         hf_config = self.vllm_config.model_config.hf_text_config
         schedule = schedule_of(config, hf_config)
+        on_cpu = self.vllm_config.parallel_config.worker_cls == CPU_WORKER
         self._planner = CompactionPlanner(
             config,
             self._manager,
             self.max_model_len,
             self._counters,
             schedule,
-            wide_rows=self.vllm_config.parallel_config.worker_cls == CPU_WORKER,
+            wide_rows=on_cpu,
+            # Devices move one layer after the other, CPUs read all of them first.
+            apart=shares_layers(config) and not on_cpu,
         )
         logger.info(
             "uncomp is active in the scheduler: policy=%s %s, window=%d, recent=%d, sinks=%d, "
