@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from uncomp.importance import KEEPS, Importance, deal, looked_up, shares_of
+from uncomp.importance import KEEPS, Importance, deal, in_order, looked_up, shares_of
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -95,3 +95,44 @@ def test_minima_beyond_the_total_are_an_error() -> None:
     importance = Importance((0.25,), torch.ones(1, 2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="are to be dealt"):
         deal(importance, 11, least, least + 1, 0.2)
+
+
+def test_layers_in_ascending_order_stay_as_they_are() -> None:
+    counts = torch.tensor([[1, 0], [1, 2], [2, 2], [5, 3]])
+    zeros, most = torch.zeros_like(counts), torch.full_like(counts, 9)
+    assert torch.equal(in_order(counts, 4, zeros, most), counts)
+
+
+def test_a_rich_layer_gives_to_those_after_it() -> None:
+    counts = torch.tensor([[4, 2], [1, 0], [0, 1], [2, 2]])
+    least, most = torch.zeros_like(counts), torch.full_like(counts, 5)
+    # Three to a layer: the first gives three of six, the next take what fits.
+    found = in_order(counts, 3, least, most)
+    assert found.sum(1).tolist() == [3, 3, 2, 4]
+    assert found[0].tolist() == [2, 1]
+    assert torch.equal(found[3], counts[3])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_order_keeps_bounds_and_sum(seed: int) -> None:
+    rng = random.Random(seed)
+    layers, heads, full = rng.randint(1, 7), rng.randint(1, 4), rng.randint(4, 40)
+    kept = rng.randint(2, full)
+    least = torch.randint(0, 3, (layers, heads))
+    most = torch.full((layers, heads), full)
+    shares = torch.rand(len(KEEPS), layers, heads, dtype=torch.float64) ** 4
+    needs = Importance(KEEPS, shares)
+    counts = deal(needs, kept * heads * layers, least, most, rng.choice([0.0, 0.5]))
+    found = in_order(counts, kept * heads, least, most)
+    assert bool(((found >= least) & (found <= most)).all())
+    room = torch.arange(1, layers + 1) * kept * heads
+    assert bool((found.sum(1).cumsum(0) <= room).all())
+    assert int(found.sum()) == int(counts.sum())
+    ranked = counts[counts.sum(1).argsort()]
+    assert torch.equal(in_order(ranked, kept * heads, least, most), ranked)
+
+
+def test_a_layer_that_cannot_hold_its_minimum_is_an_error() -> None:
+    counts = torch.tensor([[3, 3]])
+    with pytest.raises(ValueError, match="need up to 6 sub-blocks of 4"):
+        in_order(counts, 4, counts, counts)

@@ -76,13 +76,15 @@ def checked_case(
     layout: str,
     device: torch.device,
     seed: int = 0,
+    shared: bool = False,
 ) -> Case:
     """A case whose unused memory is NaN, heads of compacted requests hold unequal numbers.
 
     Args:
         compacted: (kept, full) blocks of a request at its compaction, or None.
+        shared: whether all layers share one budget.
     """
-    case = _empty_case(shape, lengths, dtype, layout, device, seed, float("nan"))
+    case = _empty_case(shape, lengths, dtype, layout, device, seed, float("nan"), shared=shared)
     random = torch.Generator().manual_seed(seed)
     _compact_rows(case, compacted, random)
     for row, length in enumerate(lengths):
@@ -101,9 +103,10 @@ def timed_case(
     layout: str,
     device: torch.device,
     seed: int = 0,
+    shared: bool = False,
 ) -> Case:
     """A case with random numbers everywhere; compacted requests own kept blocks and tail only."""
-    case = _empty_case(shape, lengths, dtype, layout, device, seed, None, compacted)
+    case = _empty_case(shape, lengths, dtype, layout, device, seed, None, compacted, shared)
     _compact_rows(case, compacted, torch.Generator().manual_seed(seed))
     return case
 
@@ -138,6 +141,7 @@ def _empty_case(
     seed: int,
     fill: float | None,
     compacted: list[tuple[int, int] | None] | None = None,
+    shared: bool = False,
 ) -> Case:
     """Blocks in random order; `fill` None: normal numbers."""
     width = max(-(-n // shape.block) for n in lengths) + 1
@@ -168,7 +172,7 @@ def _empty_case(
     rows = Rows(
         blocks.to(device), torch.tensor(lengths, dtype=torch.int32).to(device), slots.to(device)
     )
-    holdings = Holdings.empty(shape.layers, len(lengths) + 2, shape.heads, device)
+    holdings = Holdings.empty(shape.layers, len(lengths) + 2, shape.heads, device, shared)
     positions = torch.zeros(
         shape.layers, total + 1, shape.heads, shape.block, dtype=torch.int32, device=device
     )
@@ -189,10 +193,17 @@ def _compact_rows(
         kept, full = compaction
         slots[row] = slot = free.pop()
         spans[slot] = torch.tensor([full - kept, full])
+        if holdings.shared:
+            heads = shape.layers * shape.heads
+            counts[:, slot] = _split(kept * heads, heads, full, random).view(shape.layers, -1)
+            continue
         for layer in range(shape.layers):
             counts[layer, slot] = _split(kept * shape.heads, shape.heads, full, random)
+    offsets = counts.cumsum(2) - counts
+    if holdings.shared:  # numbered through all layers
+        offsets += (counts.sum(2).cumsum(0) - counts.sum(2)).unsqueeze(2)
     holdings.counts.copy_(counts)
-    holdings.offsets.copy_(counts.cumsum(2) - counts)
+    holdings.offsets.copy_(offsets)
     holdings.spans.copy_(spans)
     case.rows.slots.copy_(slots)
 
@@ -221,12 +232,14 @@ def _fill_head(
     values = torch.randn(n * shape.block, 2 * shape.size, generator=random)
     values[held:] = float("nan")
     values = values.view(n, shape.block, -1).to(cache.device)
-    # Index assignment is not there for FP8: as bytes.
-    _bytes(cache)[at[:, 0], at[:, 1]] = _bytes(values.to(cache.dtype))
+    values = _bytes(values.to(cache.dtype))  # index assignment is not there for FP8
+    for other in at[:, 0].unique().tolist():
+        here = at[:, 0] == other
+        _bytes(case.caches.tensors[other])[at[here, 1], at[here, 2]] = values[here]
     if count:
         drawn = torch.randperm(full * shape.block, generator=random)[: count * shape.block]
         places = drawn.sort().values.to(torch.int32).view(count, shape.block)
-        case.positions[layer, at[:count, 0], at[:count, 1]] = places.to(cache.device)
+        case.positions[at[:count].unbind(1)] = places.to(cache.device)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

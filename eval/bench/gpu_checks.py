@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ def cases(device: torch.device, dry: bool) -> dict[str, Case]:
     for shape, dtype, layout in wanted:
         name = f"{shape}, {str(dtype).removeprefix('torch.')}, {layout}"
         made[name] = checked_case(shape, lengths, compacted, dtype, layout, device)
+    shape, dtype, layout = wanted[0]
+    shape = replace(shape, layers=3)
+    lengths, compacted = [*lengths, 100], [*compacted, None]
+    name = f"{shape}, {str(dtype).removeprefix('torch.')}, {layout}, layers share"
+    made[name] = checked_case(shape, lengths, compacted, dtype, layout, device, shared=True)
     return made
 
 
@@ -190,7 +196,9 @@ def check_select(case: Case) -> list[Finding]:
 
 
 def check_compact(case: Case) -> list[Finding]:
-    """Bytes of the caches and positions after the move."""
+    """Bytes of the caches and positions after the move; `check_shared` where layers share."""
+    if case.holdings.shared:
+        return []
     shape, rows = case.shape, case.rows
     terms, _, _, counts, offsets, chosen = chosen_entries(case)
     kept = -(-counts.sum(2).amax(0) // shape.heads)
@@ -295,7 +303,7 @@ def head_positions(case: Case, layer: int, request: int, entries: int) -> Tensor
     for head, count in enumerate(case.holdings.counts[layer, slot].tolist()):
         at = sub_blocks(case.rows, case.holdings, request, layer, head, count)
         heads[head] += (full - count) * block
-        kept = case.positions[layer, at[:, 0], at[:, 1]].flatten()
+        kept = case.positions[at.unbind(1)].flatten()
         heads[head, : len(kept)] = kept.long()
     return heads
 
@@ -336,5 +344,6 @@ CHECKS: list[Callable[[Case], list[Finding]]] = [
     check_record,
     step.check_graph,
     step.check_pipeline,
+    step.check_shared,
     step.check_waiting,
 ]

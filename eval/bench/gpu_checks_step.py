@@ -17,7 +17,7 @@ from uncomp.eval.bench.gpu_timing import Timer
 from uncomp.kernels.decode import DecodeWorkspace, decode, decode_reference, plan, programs
 from uncomp.kernels.entropy import spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
-from uncomp.kernels.paged import Caches, Rows, gather
+from uncomp.kernels.paged import Caches, Rows, gather, read, sub_blocks
 from uncomp.kernels.record.launch import record
 from uncomp.kernels.select import Pooling, pool_scores, top_entries
 from uncomp.kernels.window_scores import Over, window_scores
@@ -122,6 +122,8 @@ def check_pipeline(case: Case) -> list[Finding]:
 
     Scores that differ by rounding may change the choice between entries of nearly equal score.
     """
+    if case.holdings.shared:
+        return []
     config = UncompConfig(keep=0.3, policy="entropy", min_tokens=1)
     requests = [
         r
@@ -162,11 +164,49 @@ def check_pipeline(case: Case) -> list[Finding]:
     ]
 
 
+def check_shared(case: Case) -> list[Finding]:
+    """A compaction of layers that share: every head finds the bytes of the positions it kept."""
+    if not case.holdings.shared:
+        return []
+    config = UncompConfig(keep=0.3, min_tokens=1, shares="pyramid")
+    slots, lengths = case.rows.slots.tolist(), case.rows.lengths.tolist()
+    requests = [r for r, n in enumerate(lengths) if slots[r] < 0 and n >= 40]
+    before, after = case.clone(), case.clone()
+    device = gpu_compactor.compactor(after, config, gpu_compactor.arena_bytes(case.device))
+    jobs = gpu_compactor.jobs(after, config, requests)
+    device.run(jobs, after.rows.blocks)
+    holdings, block = device.requests.holdings, case.shape.block
+    slot_of = torch.full_like(case.rows.slots, -1)
+    for job in jobs:
+        slot_of[job.row] = device.requests.index_of(job.order.request_id)
+    rows = Rows(case.rows.blocks, case.rows.lengths, slot_of)
+    raw = [_raw(after.caches, layer) for layer in range(case.shape.layers)]
+    wrong = elsewhere = 0.0
+    for job in jobs:
+        kept = holdings.counts[:, slot_of[job.row].long()].tolist()
+        dealt = sum(map(sum, kept)) - len(job.order.kept_blocks) * case.shape.heads * len(kept)
+        wrong += abs(dealt)
+        for layer, heads in enumerate(kept):
+            for head, count in enumerate(heads):
+                at = sub_blocks(rows, holdings, job.row, layer, head, count)
+                elsewhere += int((at[:, 0] != layer).sum())
+                found = read(raw, at).flatten(0, 1)
+                positions = after.positions[at.unbind(1)].flatten().long()
+                wrong += float((positions[1:] <= positions[:-1]).sum())
+                source = before.rows.blocks[job.row][positions // block].long()
+                want = _raw(before.caches, layer)[source, head, positions % block]
+                wrong += float((want != found).sum())
+    if not elsewhere:
+        raise AssertionError("no layer has entries in another layer's cache")
+    return [("compaction where layers share: different bytes", wrong, 0.0)]
+
+
 def check_waiting(case: Case) -> list[Finding]:
     """No step and no compaction waits for the device (raises if one does). CUDA only."""
     if case.device.type != "cuda":
         return []
-    step, config = Step(case), UncompConfig(keep=0.3, min_tokens=1)
+    shares = "pyramid" if case.holdings.shared else "policy"
+    step, config = Step(case), UncompConfig(keep=0.3, min_tokens=1, shares=shares)
     after = case.clone()
     device = gpu_compactor.compactor(after, config, gpu_compactor.arena_bytes(case.device))
     request = int(case.rows.lengths.masked_fill(case.rows.slots >= 0, 0).argmax())

@@ -11,13 +11,18 @@ from uncomp.engine.device_state import DeviceRequests
 from uncomp.engine.orders import Order
 from uncomp.engine.settings import make_policy
 from uncomp.eval.bench.gpu_cases import Case
+from uncomp.importance import Pyramid
 from uncomp.plan import Target
 from uncomp.request import RequestSettings
 
 
 def compactor(case: Case, config: UncompConfig, arena_bytes: int) -> DeviceCompactor:
-    """A worker's compactor over the caches of a case; knows no compressed request."""
-    shape, device = case.shape, case.device
+    """A worker's compactor over the caches of a case; knows no compressed request.
+
+    Where layers share, the last one gets most: a pyramid upside down.
+    """
+    shape, device, shared = case.shape, case.device, case.holdings.shared
+    upside_down = Pyramid(tuple(range(shape.layers))[::-1], shape.heads, shape.layers)
     return DeviceCompactor(
         config,
         make_policy(config),
@@ -26,8 +31,9 @@ def compactor(case: Case, config: UncompConfig, arena_bytes: int) -> DeviceCompa
         list(range(shape.layers)),
         torch.full((shape.layers,), shape.size**-0.5, device=device),
         torch.zeros(shape.layers, device=device),
-        DeviceRequests(shape.layers, shape.heads, 8, device),
+        DeviceRequests(shape.layers, shape.heads, 8, device, shared),
         Arena(arena_bytes, device),
+        needs=upside_down if shared else None,
     )
 
 

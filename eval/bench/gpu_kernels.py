@@ -66,6 +66,10 @@ def bench(device: torch.device, dry: bool, say: Callable[[str], None]) -> Iterat
                 # Bars are for the layout that vLLM has; the other one is there to compare.
                 yield found if layout == "NHD" else [_unjudged(r) for r in found]
                 _free(device)
+    say("decode attention, layers share")
+    shared = decode_rows(timer, sizes, torch.bfloat16, "NHD", True, bandwidth, shared=True)
+    yield [_unjudged(r) for r in shared]
+    _free(device)
     yield from gpu_pipeline.bench(timer, dry, say)
 
 
@@ -80,14 +84,21 @@ def copy_bandwidth(timer: Timer, size: int) -> tuple[float, list[Row]]:
 
 
 def decode_rows(
-    timer: Timer, sizes: Sizes, dtype: torch.dtype, layout: str, compressed: bool, bandwidth: float
+    timer: Timer,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    layout: str,
+    compressed: bool,
+    bandwidth: float,
+    shared: bool = False,
 ) -> list[Row]:
     """One batch: the default tiling, the others, and FlashAttention where nothing is compressed."""
-    case = decode_case(timer.device, sizes, dtype, layout, compressed)
+    case = decode_case(timer.device, sizes, dtype, layout, compressed, shared)
     shape, rows = case.shape, len(case.rows.lengths)
     read = decode_bytes(case) / shape.layers
     kind = f"{sizes.kept} of {sizes.tokens}" if compressed else f"{sizes.tokens}"
     setting = f"decode attention, {rows} rows, {kind} tokens, {_name(dtype)}, {layout}"
+    setting += ", layers share" * shared
     query = torch.stack([case.queries(rows, seed=layer) for layer in range(shape.layers)])
     out = torch.empty_like(query)
     sides: dict[str, Work] = {"decode": _all_layers(timer, case, query, out, None, 4)}
@@ -109,6 +120,8 @@ def decode_rows(
         # Torch's dense kernel has no block table to read: it stands in, it does not decide.
         least = 1.0 if other.paged and dtype == torch.bfloat16 else None
         found.append(row(setting, f"time of {other.name} over ours", "x", [ratio], least=least))
+    if shared:
+        return found
     found.append(_plan_row(timer, case, sizes.shape.layers, setting))
     if layout == "NHD":
         found += _config_rows(timer, sizes, case, query, out, setting)
@@ -116,7 +129,12 @@ def decode_rows(
 
 
 def decode_case(
-    device: torch.device, sizes: Sizes, dtype: torch.dtype, layout: str, compressed: bool
+    device: torch.device,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    layout: str,
+    compressed: bool,
+    shared: bool = False,
 ) -> Case:
     """Rows at `tokens`; compressed ones keep `kept` tokens a head, unequal ones."""
     layers = sizes.layers if compressed else 1
@@ -129,7 +147,8 @@ def decode_case(
         rows = min(rows, int(0.4 * free / each))
     full = sizes.tokens // shape.block
     kept = (sizes.kept // shape.block, full) if compressed else None
-    return timed_case(shape, [sizes.tokens] * rows, [kept] * rows, dtype, layout, device)
+    lengths = [sizes.tokens] * rows
+    return timed_case(shape, lengths, [kept] * rows, dtype, layout, device, shared=shared)
 
 
 def decode_bytes(case: Case) -> int:

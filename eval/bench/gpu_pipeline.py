@@ -57,6 +57,11 @@ def bench(timer: Timer, dry: bool, say: Callable[[str], None]) -> Iterator[list[
     by_entropy = UncompConfig(keep=sizes.keep[0], policy="entropy", min_tokens=1)
     yield compaction_rows(timer, case, by_entropy, prefill)
     del case
+    case = timed_case(shape, [tokens], [None], torch.bfloat16, "NHD", timer.device, shared=True)
+    say(f"compaction of {tokens} tokens, layers share")
+    sharing = UncompConfig(keep=sizes.keep[0], min_tokens=1, shares="pyramid")
+    yield compaction_rows(timer, case, sharing, prefill)
+    del case
     say("entropy: library eigen-solver, own kernel, Rényi-2")
     yield entropy_rows(timer, sizes.shape)
 
@@ -80,6 +85,7 @@ def compaction_rows(timer: Timer, case: Case, config: UncompConfig, prefill: flo
     shape, tokens = case.shape, int(case.rows.lengths[0])
     setting = f"compaction of {tokens} tokens, {shape.layers} layers, keep {config.keep}"
     setting += "" if config.policy == UncompConfig(keep=1.0).policy else f", {config.policy}"
+    setting += ", layers share" * case.holdings.shared
     bytes_ = gpu_compactor.arena_bytes(timer.device)
     engine = gpu_compactor.compactor(case, config, bytes_)
     jobs = gpu_compactor.jobs(case, config, [0])
@@ -97,6 +103,8 @@ def compaction_rows(timer: Timer, case: Case, config: UncompConfig, prefill: flo
         _millis(setting, "time until the host goes on", timer.host(work, before)),
         row(setting, "share of the prefill", "%", share, most=2.0),
     ]
+    if case.holdings.shared:
+        return found
     stages = Stages(case, config).by_name()
     taken = timer.times(**{name: timer.graph(stage) for name, stage in stages.items()})
     found += [_millis(setting, f"stage {name}", s) for name, s in taken.items()]

@@ -56,6 +56,7 @@ class Setup:
     stop: bool = True  # token 0 ends a request, which the scheduler learns late
     prefix_caching: bool = True
     wide_rows: bool = False  # compressed rows of several tokens, as on CPUs
+    apart: bool = False  # later compactions write to other blocks, as on GPUs where layers share
     seed: int = 0
 
 
@@ -80,6 +81,7 @@ class Simulation:
         self.scheduler = _scheduler(setup, config)
         self.planner: CompactionPlanner = self.scheduler._planner
         self.planner.wide_rows = setup.wide_rows
+        self.planner.apart = setup.apart
         self.manager: CompressedManager = self.scheduler._manager
         self.pool = self.manager.block_pool
         self.config = self.planner.config
@@ -270,6 +272,8 @@ class Simulation:
         ) -> tuple[int, ...] | None:
             before = [b.block_id for b in self.manager.req_to_blocks[request_id][first:last]]
             blocks = make_private(request_id, first, last, fresh)
+            assert not fresh or not set(before) & set(blocks or ()), "blocks are not fresh"
+            self.happened["apart"] += fresh and blocks is not None
             self.happened["postponed" if blocks is None else "ordered"] += 1
             changed = [a != b for a, b in zip(before, blocks or before, strict=True)]
             self.happened["exchanged"] += sum(changed)

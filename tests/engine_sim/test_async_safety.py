@@ -49,6 +49,16 @@ def test_random_traffic_without_prefix_caching(asynchronous: bool, lag: int) -> 
     assert not happened["exchanged"]
 
 
+@pytest.mark.parametrize(("asynchronous", "lag"), ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_traffic_with_later_compactions_apart(
+    asynchronous: bool, lag: int, seed: int
+) -> None:
+    settings = SETTINGS["keep"] | {"recompact_every": 8}
+    happened = _run(settings, asynchronous, lag, seed=seed, apart=True)
+    assert {"apart", "freed", "reused", "preempted"} <= set(happened)
+
+
 def _run(
     settings: dict[str, Any], asynchronous: bool, lag: int, seed: int, **more: Any
 ) -> Counter[str]:

@@ -99,10 +99,14 @@ def test_gpu_takes_fp8_but_not_batch_invariance(monkeypatch: pytest.MonkeyPatch)
         check_config(config)
 
 
-def test_layers_share_on_cpus_only() -> None:
+def test_layers_that_share_are_pruned_on_cpus_only() -> None:
+    sharing = {"keep": 0.5, "shares": "pyramid"}
+    pruning = {"prefill_keep": 0.5, "prefill_stages": "2,5"}
     for device in ("cpu", "cuda"):
         config = configuration(device)
-        config.additional_config = {"uncomp": {"keep": 0.5, "shares": "pyramid"}}
+        config.additional_config = {"uncomp": sharing}
+        check_config(config)
+        config.additional_config = {"uncomp": sharing | pruning}
         if device == "cpu":
             check_config(config)
         else:

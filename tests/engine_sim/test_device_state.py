@@ -101,9 +101,8 @@ def test_pruned_prompts_are_shorter_in_later_layers() -> None:
         assert stored == [len(at) // 4] * 2
         for head in range(2):
             places = sub_blocks(rows, requests.holdings, 0, layer, head, stored[head] + 1)
-            assert places[-1].tolist() == [5, head]  # the block being filled
-            block, inside = places[:-1].unbind(1)
-            found = positions[layer, block, inside].flatten().tolist()
+            assert places[-1].tolist() == [layer, 5, head]  # the block being filled
+            found = positions[places[:-1].unbind(1)].flatten().tolist()
             assert found == at[: stored[head] * 4].tolist()
     assert positions[:, [0, 1, 3, 5, 6, 8]].eq(-1).all()
     requests.drop("a")

@@ -12,7 +12,11 @@ PROMPT = list(range(1, 11)) * 4  # 40 tokens, 10 blocks
 
 
 def simulation(
-    lag: int = 0, blocks: int = 64, wide_rows: bool = False, **settings: Any
+    lag: int = 0,
+    blocks: int = 64,
+    wide_rows: bool = False,
+    apart: bool = False,
+    **settings: Any,
 ) -> Simulation:
     base = {"keep": 0.25, "policy": "uniform", "pooling": 1, "min_tokens": 8, "window": 2}
     given = base | {"sinks": 1, "recompact_every": 0} | settings
@@ -27,6 +31,7 @@ def simulation(
             max_num_batched_tokens=64,
             stop=False,
             wide_rows=wide_rows,
+            apart=apart,
         )
     )
 
@@ -269,6 +274,24 @@ def test_no_free_block_postpones_the_order() -> None:
     assert "b" not in sim.manager.compacted
     sim.pool.free_blocks(taken)
     assert sim.planner.tracked["b"].trigger == 40
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_later_compaction_apart_writes_to_blocks_that_hold_nothing(lag: int) -> None:
+    """And goes without as long as the pool has too few; what was kept stays readable until then."""
+    sim = simulation(lag, blocks=17, apart=True, recompact_every=4)
+    sim.add("a", PROMPT, 30)
+    while sim.planner.tracked.get("a") is None or sim.planner.tracked["a"].pending is not None:
+        sim.step()
+    sim.add("whole", PROMPT[::-1], 4, kv_compress=False)
+    postponed = 0
+    while sim.scheduler.has_requests() or sim.in_flight:
+        sim.step()
+        if "a" in sim.planner.tracked and sim.planner.tracked["a"].generation == 1:
+            postponed = sim.happened["postponed"]
+    assert postponed > 0
+    assert sim.happened["apart"] > 2
+    sim.drain()
 
 
 @pytest.mark.parametrize(
