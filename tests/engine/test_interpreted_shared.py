@@ -26,6 +26,12 @@ SETTINGS: dict[str, Any] = {
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 
 
+@pytest.fixture(autouse=True)
+def _memory_for_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one layer writes must not be what the next one has to read."""
+    monkeypatch.setattr(interpreted, "ARENA_BYTES", 500_000)
+
+
 @pytest.fixture(scope="module")
 def model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreted.short_model(demo_model, tmp_path_factory.mktemp("short"), LAYERS)
