@@ -56,7 +56,14 @@ def test_dry_run_reports_everything() -> None:
         assert all(line.endswith("| ok |") for line in checked)
     for stage in STAGES:
         assert f"stage {stage} |" in done.stdout
-    for wanted in ("bandwidth", "best tiling", "share of the prefill", "eigvalsh: time", "fp8", "layers share"):
+    for wanted in (
+        "bandwidth",
+        "best tiling",
+        "share of the prefill",
+        "eigvalsh: time",
+        "fp8",
+        "layers share",
+    ):
         assert wanted in done.stdout
     assert "vllm" not in done.stderr
 

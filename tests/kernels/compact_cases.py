@@ -50,7 +50,7 @@ class Job:
 
     def scratch(self, layers: int | None = None) -> Tensor:
         layers = self.caches.layers if layers is None else layers
-        requests, blocks = self.kept_blocks.shape
+        requests, blocks = self.kept_blocks.shape[:2]
         if self.begins is not None:  # a layer can keep more than its own blocks hold
             blocks = -(-self.chosen.shape[2] // (self.caches.heads * self.caches.block_size))
         size = scratch_bytes(self.caches, requests, blocks, layers)

@@ -96,19 +96,10 @@ def check(
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("heads", [1, 2, 3, 8])
-def test_mixed_rows(heads, layout):
-    case = make_case(MIXED, COMPACTED, heads=heads, layout=layout, layers=3)
+@pytest.mark.parametrize(("heads", "shared"), [(1, 0), (2, 0), (3, 0), (8, 0), (1, 1), (3, 1)])
+def test_mixed_rows(heads, layout, shared):
+    case = make_case(MIXED, COMPACTED, heads=heads, layout=layout, layers=3, shared=bool(shared))
     check(case, 3, [1] * 6, layers=(0, 2) if heads < 8 else (2,))
-
-
-@pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
-def test_layers_that_share(dtype, layout):
-    compacted = [(2, 5), (3, 4), None, Pruned(3, (0, 1, 2, 0))]
-    options = {"heads": 3, "layers": 4, "layout": layout, "dtype": dtype, "shared": True}
-    case = make_case([90, 64, 33, 50], compacted, **options)
-    check(case, 2, [1] * 4, layers=(0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
@@ -289,9 +280,10 @@ def test_dtypes(dtype, cache):
     check(case, 4, [1, 2], dtype=dtype, programs=5)
 
 
-def test_float8_scales():
+@pytest.mark.parametrize("shared", [False, True])
+def test_float8_scales(shared):
     """Scales of keys and of values, in whole heads and in split ones, exactly."""
-    case = make_case([130, 33], [(3, 6), None], heads=2, dtype=FP8)
+    case = make_case([130, 33], [(3, 6), None], heads=2, dtype=FP8, shared=shared)
     assert len(set(case.caches.scales.flatten().tolist())) == 4
     check(case, 2, [1, 1], programs=5)
     check(case, 2, [1, 1], programs=1)

@@ -7,7 +7,6 @@ see dense copies of one layer at a time and may be slow, they are there to be co
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from uncomp.engine.device_clock import DeviceClock
 from uncomp.engine.device_orders import Facts, Job, facts_of, widest
 from uncomp.engine.device_shares import Dealt, deal_order, dealt
 from uncomp.engine.device_state import DeviceRequests, DeviceSlot, to_device
+from uncomp.engine.device_trace import write_trace
 from uncomp.engine.orders import Receipt
 from uncomp.importance import Needs
 from uncomp.kernels.compact.launch import compact, scratch_bytes
@@ -381,32 +381,7 @@ class DeviceCompactor:
         return receipts
 
     def _write_trace(self, job: Job) -> None:
-        """What was kept, for tests and for people; waits for the device."""
-        if self._trace is None:
-            return
-        order = job.order
-        slot = self.requests.slots[order.request_id]
-        holdings = self.requests.holdings
-        counts = holdings.counts[:, slot.index].tolist()
-        offsets = holdings.offsets[:, slot.index].tolist()
-        blocks = torch.tensor(order.kept_blocks)
-        positions = self.positions.cpu()[:, blocks].flatten(1, 2)  # [layers, dealt, block_size]
-        if holdings.shared:
-            positions = positions.flatten(0, 1).expand(self.caches.layers, -1, -1)
-        of_layers = {
-            number: [table[at : at + n].flatten().tolist() for at, n in zip(*row, strict=True)]
-            for number, table, *row in zip(
-                self.layer_numbers, positions, offsets, counts, strict=True
-            )
-        }
-        kept = [of_layers[number] for number in sorted(of_layers)]
-        record = {
-            "request_id": order.request_id,
-            "generation": order.generation,
-            "num_tokens": order.num_tokens,
-            "full_blocks": order.full_blocks,
-            "block_size": self.caches.block_size,
-            "kept": kept,
-        }
-        with open(self._trace, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self._trace is not None:
+            slot = self.requests.slots[job.order.request_id]
+            holdings, numbers = self.requests.holdings, self.layer_numbers
+            write_trace(self._trace, job.order, holdings, slot.index, self.positions, numbers)
