@@ -55,15 +55,18 @@ def test_answers_as_the_masked_reference(
         Ask("short", source.take(20), tokens=3),
         Ask("long run", source.take(230), tokens=30),
         Ask("twin short", prefix, tokens=4),
-        Ask("twin long", prefix + source.take(110), tokens=4),
-        Ask("protected", source.take(230), extra={"kv_protect": "10:50"}, tokens=4),
-        Ask("pyramid", source.take(230), extra={"kv_settings": {"shares": "pyramid"}}, tokens=4),
+        Ask(
+            "twin long",
+            prefix + source.take(110),
+            extra={"kv_protect": "10:50", "kv_settings": {"shares": "pyramid"}},
+            tokens=4,
+        ),
         Ask("alone", source.take(230), extra={"kv_settings": {"shares": "policy"}}, tokens=30),
         Ask("dense", source.take(230), extra={"kv_policy": "key_norm"}, tokens=30),
         Ask("off", source.take(90), tokens=4, extra=OFF),
     ]
     with interpreting(model, {**settings, "trace": str(tmp_path)}) as engine:
-        assert_as_masked_reference(engine, model, asks, least=10)
+        assert_as_masked_reference(engine, model, asks, least=8)
         assert_unequal(engine.trace())
 
 
@@ -87,14 +90,13 @@ def test_preempted_requests(model: Path, tmp_path: Path, settings: dict[str, Any
         assert_unequal(engine.trace())
 
 
-@pytest.mark.parametrize("shares", ["calibrated", "pyramid"])
 def test_device_and_host_keep_the_same(
-    model: Path, tmp_path: Path, settings: dict[str, Any], shares: str
+    model: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     asks = [Ask("a", Source(model).take(230), tokens=30)]
     kept = {}
     for name, start in (("host", running), ("device", interpreting)):
-        given = {**settings, "shares": shares, "trace": str(tmp_path / name)}
+        given = {**settings, "trace": str(tmp_path / name)}
         with start(model, given, **ARGUMENTS) as engine:
             engine.serve(asks)
             records = sorted(engine.trace(), key=lambda r: (r["num_tokens"], r["generation"]))
