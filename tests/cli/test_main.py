@@ -161,6 +161,16 @@ def test_doctor_refuses_bad_settings(capsys: pytest.CaptureFixture[str]) -> None
     assert "must be in (0, 1]" in capsys.readouterr().err
 
 
+def test_doctor_finds_a_model_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engines run in processes of their own, in another folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert doctor._model("mine", []) == ["--model", str(tmp_path / "mine")]
+    assert doctor._model("owner/name", ["-O0"]) == ["--model", "owner/name", "-O0"]
+
+
 def test_doctor_needs_a_plugin_that_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model(model: str | None, flags: list[str]) -> list[str]:
     if model is not None:
-        return ["--model", model, *flags]
+        # Engines of other processes may run in another folder.
+        folder = Path(model)
+        return ["--model", str(folder.absolute()) if folder.is_dir() else model, *flags]
     from uncomp.demo_model import demo_model_path
 
     return ["--model", str(demo_model_path()), *_SMALL, *flags]
