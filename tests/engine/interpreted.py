@@ -16,6 +16,7 @@ import torch
 from harness import Ask, Engine, running
 from reference import Reference
 from torch import Tensor
+from triton.language.semantic import TritonSemantic
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -27,6 +28,10 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from uncomp.engine import activate
 from uncomp.engine.device_worker import DeviceWorker
 from uncomp.engine.sub_block_backend import SubBlockBuilder, SubBlockImpl
+
+# A third of the interpreter's time goes into looking for overflows of 32-bit integers. The tests of
+# the kernels do that.
+TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
 
 WORKER = f"{__name__}.InterpretedWorker"
 FP8 = torch.float8_e4m3fn

@@ -60,17 +60,17 @@ def _asks(source: Source) -> list[Ask]:
     """Pruned, compressed, both, neither; decoding beside prompts that are read."""
     attention = {**HALF, "kv_settings": '{"prefill_scores": "attention"}'}
     return [
-        Ask("pruned", source.take(237), tokens=20, extra=HALF),
+        Ask("pruned", source.take(237), tokens=8, extra=HALF),
         Ask("attention", source.take(190), tokens=4, extra=attention),
         Ask("compressed too", source.take(301), tokens=40, extra={**HALF, "kv_keep": 0.3}),
-        Ask("in blocks", source.take(12 * BLOCK), tokens=20, extra={**HALF, "kv_keep": 0.3}),
+        Ask("in blocks", source.take(12 * BLOCK), tokens=8, extra={**HALF, "kv_keep": 0.3}),
         Ask(
             "protected",
             source.take(220),
             tokens=4,
             extra={**HALF, "kv_protect": "40:90", "kv_keep": 0.6},
         ),
-        Ask("only compressed", source.take(180), tokens=36, extra={"kv_keep": 0.4}),
+        Ask("only compressed", source.take(180), tokens=8, extra={"kv_keep": 0.4}),
         Ask("off", source.take(100), tokens=4, extra=OFF),
         Ask("short", source.take(90), tokens=4, extra=HALF),
     ]
