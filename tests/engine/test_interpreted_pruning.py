@@ -14,6 +14,7 @@ from reference import Reference
 from traffic import OFF, Source
 
 from uncomp.engine import activate
+from uncomp.engine.settings import CPU_WORKER
 
 STARTS = (1, 2)
 SETTINGS: dict[str, Any] = {
@@ -156,12 +157,17 @@ def test_device_and_host_prune_alike(
         for ask in _asks(Source(model))
         if ask.name in names
     ]
-    with running(model, {**SETTINGS, "trace": str(tmp_path)}, **ARGUMENTS) as host:
-        theirs = {name: answer for name, [answer] in host.serve(asks).items()}
-        for name, answer in theirs.items():
-            [a], [b] = host.pruned(answer.request_id), ours[name]
-            for left, right in zip(a["kept"], b["kept"], strict=True):
-                # Scores are sums in another order: ties may go another way.
-                assert len(left) == len(right)
-                assert len(set(left) & set(right)) >= 0.99 * len(left)
-            assert answer.facts == answers[name].facts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(activate.WORKERS, "cpu", CPU_WORKER)  # `engine` has put its own there
+        host_settings = {**SETTINGS, "trace": str(tmp_path)}
+        with running(model, host_settings, **ARGUMENTS) as host:
+            assert host.report()["worker"] == "CompactingCPUWorker"
+            theirs = {name: answer for name, [answer] in host.serve(asks).items()}
+            kept = {name: host.pruned(answer.request_id) for name, answer in theirs.items()}
+    for name, answer in theirs.items():
+        [a], [b] = kept[name], ours[name]
+        for left, right in zip(a["kept"], b["kept"], strict=True):
+            # Scores are sums in another order: ties may go another way.
+            assert len(left) == len(right)
+            assert len(set(left) & set(right)) >= 0.99 * len(left)
+        assert answer.facts == answers[name].facts
