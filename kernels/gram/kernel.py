@@ -84,7 +84,7 @@ def store_statistics(
         tl.store(count_ptr + at, before + n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_layer"])
 def gram_paged_kernel(
     pointers_ptr, layers_ptr, scales_ptr, blocks_ptr, lengths_ptr, slots_ptr, counts_ptr,
     offsets_ptr, spans_ptr, stride_ptr, shift_ptr, outer_ptr, total_ptr, count_ptr,

@@ -257,7 +257,8 @@ class DeviceCompactor:
                     maximum,
                     caches.block_size,
                 )
-        counts = counts.to(torch.int32) if given is None else given
+        # A copy: kernels are specialised on addresses that 16 bytes divide.
+        counts = counts.to(torch.int32) if given is None else given.clone()
         offsets = (counts.cumsum(-1) - counts).to(torch.int32)
         chosen = self.arena.take((caches.layers, rows.lengths.shape[0], width), torch.int32)
         choose(raw, pooled, terms, counts, offsets, chosen)
