@@ -83,7 +83,7 @@ class PrunedReader:
             starts.pop()
         logits = torch.zeros(0)
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            logits = self._pass(ids[start:end], start, (schedule, keep, choice))
+            logits = self._pass(ids[start:end], start, (schedule, keep, choice))[0]
         return logits
 
     @torch.inference_mode()
@@ -99,16 +99,30 @@ class PrunedReader:
         token = int(logits.argmax())
         while len(answer) < count and token not in ends:
             answer.append(token)
-            token = int(self._pass([token], start + len(answer) - 1, None).argmax())
+            token = int(self._pass([token], start + len(answer) - 1, None)[0].argmax())
         return answer
+
+    @torch.inference_mode()
+    def follow(self, ids: Sequence[int], start: int) -> Tensor:
+        """Logits after every token of a text that follows the prompt, `[n, vocabulary]`.
+
+        Args:
+            ids: n tokens. start: tokens of the prompt.
+        """
+        return self._pass(ids, start, None, len(ids))
 
     def token_layers(self) -> int:
         """Tokens that are held, summed over layers."""
         return sum(len(at) for layer in self.held for at in layer.positions)
 
     def _pass(
-        self, ids: Sequence[int], start: int, pruned: tuple[Schedule, float, Choice] | None
+        self,
+        ids: Sequence[int],
+        start: int,
+        pruned: tuple[Schedule, float, Choice] | None,
+        last: int = 1,
     ) -> Tensor:
+        """Logits after the `last` tokens, `[last, vocabulary]`."""
         inner = self.model.model
         self._at = torch.arange(start, start + len(ids))
         hidden = inner.embed_tokens(torch.tensor([list(ids)]))
@@ -127,7 +141,7 @@ class PrunedReader:
             cos_sin = inner.rotary_emb(hidden, self._at[None])
             out = layer(hidden, position_ids=self._at[None], position_embeddings=cos_sin)
             hidden = out[0] if isinstance(out, tuple) else out
-        return self.model.lm_head(inner.norm(hidden[:, -1]))[0]
+        return self.model.lm_head(inner.norm(hidden[:, hidden.shape[1] - last :]))[0]
 
     def _choose(self, before: _Layer, keep: int, choice: Choice) -> Tensor:
         """[keep] indices into the rows of this chunk; see the engine's pruner."""

@@ -79,7 +79,7 @@ def measure(
         row = {"kl": float(kl), "top1": float(top)}
         if case.full is not None:
             right = [True] * case.known + (one.argmax(-1) == best).tolist()
-            row["score"] = _score(case, right)
+            row["score"] = (case.full or 0.0) * share_said(right, case.spans, case.best)
         found.append(row)
     return found
 
@@ -104,10 +104,15 @@ def signs(attention: Tensor, kept: Tensor, entropy: Tensor) -> dict[str, float]:
     }
 
 
-def _score(case: Case, right: list[bool]) -> float:
-    """The full cache's score, less the references that would not have been said."""
-    if not case.spans:
-        return case.full or 0.0 if all(right) else 0.0
-    said = [all(right[a:b]) for a, b in case.spans]
-    share = float(any(said)) if case.best else sum(said) / len(said)
-    return (case.full or 0.0) * share
+def share_said(right: Sequence[bool], spans: Sequence[tuple[int, int]], best: bool) -> float:
+    """Share of an answer's score that is left, in 0..1: its references that would still be said.
+
+    Args:
+        right: of every token of the answer, whether it is still the most probable one.
+        spans: of the references that the answer has; none: all tokens count as one.
+        best: one of them is enough.
+    """
+    if not spans:
+        return float(all(right))
+    said = [all(right[a:b]) for a, b in spans]
+    return float(any(said)) if best else sum(said) / len(said)

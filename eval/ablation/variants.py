@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from uncomp.eval.ablation import again, agnostic, aware, choose, robust
+from uncomp.eval.ablation import again, agnostic, aware, choose, robust, spans
 from uncomp.eval.ablation.replay import Reading, Replay
 from uncomp.eval.ablation.shared import RECENT, SINKS, Named
 
@@ -28,6 +28,7 @@ SETS: dict[str, Make] = {
         agnostic.outlines,
         robust.robust,
         again.again,
+        spans.spans,
     )
 }
 

@@ -179,6 +179,8 @@ def pruned32k(runner: Runner) -> list[Row]:
         if counters["prefill_token_layers"]:
             read = counters["prefill_token_layers_read"] / counters["prefill_token_layers"]
             found.append(row(name, "tokens times layers read", "%", [100 * read]))
+            chosen = counters["choose_seconds"] / counters["prompts_pruned"]
+            found.append(row(name, "choosing tokens, a prompt", "s", [chosen]))
     return found
 
 

@@ -72,6 +72,10 @@ def bench(setting: Setting, say: Callable[[str], None]) -> list[Row]:
             rows.append(_row(case, "time to first token", "s", seconds))
             share = _read(pruned, name, length, setting)
             rows.append(_row(case, "tokens times layers read", "%", [100 * share]))
+            if share < 1:
+                rows.append(
+                    _row(case, "choosing tokens", "s", _choosing(pruned, name, length, setting))
+                )
             bar = setting.bar if name == "keep 0.375" else None
             for other, base in (("stock vLLM", first), ("whole", whole)):
                 if name == other:
@@ -131,6 +135,10 @@ def _read(arm: dict[str, Any], name: str, length: int, setting: Setting) -> floa
     counters = _repeats(arm, name, length, setting)[0]["counters"]
     whole = counters["prefill_token_layers"]
     return counters["prefill_token_layers_read"] / whole if whole else 1.0
+
+
+def _choosing(arm: dict[str, Any], name: str, length: int, setting: Setting) -> list[float]:
+    return [r["counters"]["choose_seconds"] for r in _repeats(arm, name, length, setting)]
 
 
 def _row(

@@ -114,6 +114,7 @@ def test_what_was_pruned_and_what_was_compacted(engine: Engine, answers: dict[st
         "in blocks": 1,
         "protected": 1,
     }
+    assert engine.counters()["choose_seconds"] > 0
     [record] = engine.pruned(answers["compressed too"].request_id)
     left = [set(kept) for kept in record["kept"]]
     assert [len(kept) for kept in left] == [301, 301 - 2 * BLOCK, 301 - 4 * BLOCK]

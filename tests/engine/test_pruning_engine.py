@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,16 @@ def test_prompts_wait_until_they_fit_into_a_step(engine: Engine, source: Source)
         assert together.tokens == alone.tokens
         [record] = engine.pruned(alone.request_id)
         assert len(record["kept"][0]) == 350
+
+
+def test_choosing_is_timed(engine: Engine, source: Source) -> None:
+    before = engine.counters()
+    start = time.perf_counter()
+    engine.serve([Ask("timed", source.take(300), tokens=2, extra={"kv_prefill_keep": 0.5})])
+    most = time.perf_counter() - start
+    after = engine.counters()
+    assert after["prompts_pruned"] - before["prompts_pruned"] == 1
+    assert 0 < after["choose_seconds"] - before["choose_seconds"] < most
 
 
 def test_prompt_logprobs_need_every_token(engine: Engine, source: Source) -> None:

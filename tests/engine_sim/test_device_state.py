@@ -72,12 +72,14 @@ def test_arena() -> None:
 
 
 def test_clock_adds_up_once() -> None:
-    clock = DeviceClock(CPU)
+    clock = DeviceClock(CPU, parts=2)
     for _ in range(2):
         clock.add(1.0, 1.5, 3.5)
     assert clock.collect() == (1.0, 4.0)
     assert clock.collect() == (0.0, 0.0)
     assert clock.mark() <= clock.mark()
+    with pytest.raises(ValueError, match="2 marks, need 3"):
+        clock.add(1.0, 1.5)
 
 
 def test_pruned_prompts_are_shorter_in_later_layers() -> None:

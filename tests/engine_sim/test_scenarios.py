@@ -6,7 +6,7 @@ import pytest
 from fake_runner import Shape
 from simulate import Setup, Simulation
 
-from uncomp.engine.orders import ATTRIBUTE, Receipt, StepPlan
+from uncomp.engine.orders import ATTRIBUTE, PruningReceipt, Receipt, StepPlan
 
 PROMPT = list(range(1, 11)) * 4  # 40 tokens, 10 blocks
 
@@ -307,6 +307,17 @@ def test_receipts_that_do_not_match_stop_the_engine(receipts: list[Receipt]) -> 
     with pytest.raises(RuntimeError, match="orders sent and orders run differ"):
         sim.planner.commit(plan, receipts)
     assert not any(block.is_null for block in sim.manager.req_to_blocks["a"])
+
+
+def test_pruned_prompts_are_no_compactions() -> None:
+    sim = simulation()
+    sim.add("a", PROMPT, 30)
+    plan = getattr(sim.scheduler.schedule(), ATTRIBUTE)
+    [order] = plan.orders
+    done = Receipt("a", order.generation, 2, 1, 0, 0, 1)
+    sim.planner.commit(plan, [PruningReceipt(0.5), done])
+    counted = sim.planner.counters
+    assert (counted["choose_seconds"], counted["compactions"]) == (0.5, 1)
 
 
 def test_worker_that_lost_a_compaction_refuses_the_step() -> None:

@@ -41,6 +41,7 @@ NAMES = (
     "prompts_pruned",
     "prefill_token_layers",
     "prefill_token_layers_read",
+    "choose_seconds",
     *(f"refused_{reason}" for reason in REFUSALS),
     *(f"kept_ratio_le_{bound}" for bound in KEPT_RATIO_BUCKETS),
 )

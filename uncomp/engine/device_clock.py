@@ -1,8 +1,9 @@
-"""How long the device worked on compactions, without waiting for it."""
+"""How long a device worked on something, without waiting for it."""
 
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -12,11 +13,12 @@ class DeviceClock:
 
     Args:
         device: CUDA events are used where there are any, host time elsewhere.
+        parts: intervals that follow each other and are added up apart.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._open: list[tuple[object, object, object]] = []
+    def __init__(self, device: torch.device, parts: int) -> None:
+        self._cuda, self._parts = device.type == "cuda", parts
+        self._open: list[tuple[object, ...]] = []
 
     def mark(self) -> object:
         """The present point of the device's work."""
@@ -26,22 +28,24 @@ class DeviceClock:
         event.record()
         return event
 
-    def add(self, start: object, scored: object, moved: object) -> None:
-        """A compaction was scored between the first two marks and moved between the last two."""
-        self._open.append((start, scored, moved))
+    def add(self, *marks: object) -> None:
+        """The parts of one piece of work lie between these marks: one more than there are parts."""
+        if len(marks) != self._parts + 1:
+            raise ValueError(f"DeviceClock.add: {len(marks)} marks, need {self._parts + 1}")
+        self._open.append(marks)
 
-    def collect(self) -> tuple[float, float]:
-        """Seconds of scoring and of moving in intervals that have ended since the last call."""
-        score = move = 0.0
+    def collect(self) -> tuple[float, ...]:
+        """Seconds of every part, of what has ended since the last call."""
+        sums = [0.0] * self._parts
         waiting = []
-        for start, scored, moved in self._open:
-            if not self._cuda:
-                score += scored - start  # type: ignore[operator]
-                move += moved - scored  # type: ignore[operator]
-            elif moved.query():  # type: ignore[attr-defined]
-                score += start.elapsed_time(scored) / 1e3  # type: ignore[attr-defined]
-                move += scored.elapsed_time(moved) / 1e3  # type: ignore[attr-defined]
-            else:
-                waiting.append((start, scored, moved))
+        for marks in self._open:
+            if self._cuda and not marks[-1].query():  # type: ignore[attr-defined]
+                waiting.append(marks)
+                continue
+            for part, (start, end) in enumerate(pairwise(marks)):
+                if self._cuda:
+                    sums[part] += start.elapsed_time(end) / 1e3  # type: ignore[attr-defined]
+                else:
+                    sums[part] += end - start  # type: ignore[operator]
         self._open = waiting
-        return score, move
+        return tuple(sums)

@@ -82,7 +82,7 @@ class DeviceCompactor:
         self.calibrated = None if calibrated is None else calibrated.to(caches.device)
         self.rotaries = rotaries or [None] * len(self.layer_numbers)
         self.needs = needs
-        self.clock = DeviceClock(caches.device)
+        self.clock = DeviceClock(caches.device, parts=2)
         self._trace = Path(config.trace, f"kept-{rank}.jsonl") if config.trace else None
         if self._trace is not None:
             self._trace.parent.mkdir(parents=True, exist_ok=True)

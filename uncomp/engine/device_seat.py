@@ -17,7 +17,7 @@ from uncomp.config import UncompConfig
 from uncomp.engine.by_config import ByConfig
 from uncomp.engine.device_compactor import DeviceCompactor, Job
 from uncomp.engine.device_state import DeviceRequests, QueryStore, to_device
-from uncomp.engine.orders import Order, Receipt, StepPlan
+from uncomp.engine.orders import Order, PruningReceipt, Receipt, StepPlan
 from uncomp.engine.seat import check_generations, finish_prunings, note_batch, pruned_step
 from uncomp.kernels.decode import DecodeWorkspace, decode, plan
 from uncomp.kernels.paged import Caches, Rows
@@ -249,12 +249,12 @@ class DeviceSeat:
         source, addresses = where
         record(query, addresses, self._remembered, layer, source)
 
-    def finish(self) -> list[Receipt]:
+    def finish(self) -> list[Receipt | PruningReceipt]:
         """Run the orders of the step, after its forward pass."""
         plan, self._plan = self._plan, None
-        finish_prunings(plan, self.pruner)
+        receipts: list[Receipt | PruningReceipt] = [*finish_prunings(plan, self.pruner)]
         if plan is None or not plan.orders:
-            return []
+            return receipts
         ids = self._runner.row_ids()
         table = self._runner.block_table()
         jobs: dict[UncompConfig | None, list[Job]] = {}
@@ -262,7 +262,6 @@ class DeviceSeat:
             queries = self._window(order)
             job = Job(order, ids.index(order.request_id), queries)
             jobs.setdefault(order.own, []).append(job)
-        receipts: list[Receipt] = []
         for own, same in jobs.items():
             receipts += self.compactors.of(own).run(same, table)
         for order in plan.orders:

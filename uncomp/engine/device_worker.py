@@ -203,6 +203,7 @@ class DeviceWorker(CompactingWorker):
                 PrunedModel.of(self.model_runner.get_model(), list(layers)),
                 list(layers),
                 DevicePrompts(caches, positions, scaling, capping, requests, store, arena, build),
+                caches.device,
                 self.rank,
             )
         return seat

@@ -38,6 +38,7 @@ _COUNTERS = {
     "prompts_pruned": "Prompts whose tokens did not all enter every layer.",
     "prefill_token_layers": "Tokens times layers of these prompts.",
     "prefill_token_layers_read": "The same, of tokens that entered their layer.",
+    "choose_seconds": "Seconds spent choosing the tokens of these prompts that go on.",
 }
 
 

@@ -115,3 +115,15 @@ class Receipt:
     score_seconds: float
     move_seconds: float
     heads: int
+
+
+@dataclass(frozen=True)
+class PruningReceipt:
+    """Prompts have been pruned.
+
+    Attributes:
+        choose_seconds: spent choosing which tokens go on, as far as the device has passed it: of
+            this step's prompts or of earlier ones.
+    """
+
+    choose_seconds: float

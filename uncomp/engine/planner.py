@@ -15,7 +15,7 @@ from typing import Any
 from uncomp.config import UncompConfig
 from uncomp.engine.cache_manager import CompressedManager, HashesBelow, Unshared
 from uncomp.engine.counters import Counters
-from uncomp.engine.orders import Order, Pruning, Receipt, StepPlan
+from uncomp.engine.orders import Order, Pruning, PruningReceipt, Receipt, StepPlan
 from uncomp.engine.report import Report
 from uncomp.plan import Target
 from uncomp.pruning import WIDEST, Schedule, always_read
@@ -167,7 +167,7 @@ class CompactionPlanner:
                     plan.orders.append(order)
         return plan
 
-    def commit(self, plan: StepPlan | None, receipts: Iterable[Receipt]) -> None:
+    def commit(self, plan: StepPlan | None, answers: Iterable[Receipt | PruningReceipt]) -> None:
         """Give back the blocks of confirmed orders.
 
         Raises:
@@ -175,7 +175,12 @@ class CompactionPlanner:
                 that are still read, so the engine must stop.
         """
         orders = {order.request_id: order for order in (plan.orders if plan else ())}
-        receipts = list(receipts)
+        receipts = []
+        for answer in answers:
+            if isinstance(answer, PruningReceipt):
+                self.counters.add("choose_seconds", answer.choose_seconds)
+            else:
+                receipts.append(answer)
         sent = {(o.request_id, o.generation) for o in orders.values()}
         run = {(r.request_id, r.generation) for r in receipts}
         if sent != run:

@@ -27,6 +27,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 
 from uncomp.config import UncompConfig
+from uncomp.engine.device_clock import DeviceClock
 from uncomp.engine.orders import Pruning
 from uncomp.engine.pruned_model import GIVEN, PrunedModel
 from uncomp.pruning import CHOICES, Choice, Schedule, choose_tokens
@@ -108,6 +109,7 @@ class Pruner:
         parts: of the model.
         names: of the attention layers, in order.
         memory: of this worker.
+        device: that it runs on.
         rank: names the trace file.
     """
 
@@ -118,8 +120,10 @@ class Pruner:
         parts: PrunedModel,
         names: list[str],
         memory: PromptMemory,
+        device: torch.device,
         rank: int = 0,
     ) -> None:
+        self.clock = DeviceClock(device, parts=1)
         self.config, self.schedule, self.parts = config, schedule, parts
         self.names, self.memory = names, memory
         self._trace = Path(config.trace, f"pruned-{rank}.jsonl") if config.trace else None
@@ -211,7 +215,9 @@ class Pruner:
         chosen = {}
         for prompt in self._prompts:
             self._leave(prompt, first)
+            mark = self.clock.mark()
             chosen[prompt.row] = self._choose(prompt, stage, first - 1)
+            self.clock.add(mark, self.clock.mark())
             prompt.at = prompt.at[chosen[prompt.row]]
         take, slots, starts = [], [], [0]
         for row, (begin, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uncomp.engine.by_config import ByConfig
 from uncomp.engine.compactor import Compactor
-from uncomp.engine.orders import Receipt, StepPlan
+from uncomp.engine.orders import PruningReceipt, Receipt, StepPlan
 from uncomp.engine.state import CompressedRequests, Slot
 
 if TYPE_CHECKING:
@@ -138,11 +138,14 @@ def note_batch(
         pruner.batch(common, {name: row for row, name in enumerate(ids)})
 
 
-def finish_prunings(plan: StepPlan | None, pruner: Pruner | None) -> None:
+def finish_prunings(plan: StepPlan | None, pruner: Pruner | None) -> list[PruningReceipt]:
     """After the forward pass of a step: record what its pruned prompts kept."""
-    if plan is not None and plan.prunings and pruner is not None:
-        for request_id in {*pruner.finish()} - {*plan.queries_needed}:
-            pruner.memory.forget_queries(request_id)
+    if plan is None or not plan.prunings or pruner is None:
+        return []
+    for request_id in {*pruner.finish()} - {*plan.queries_needed}:
+        pruner.memory.forget_queries(request_id)
+    [seconds] = pruner.clock.collect()
+    return [PruningReceipt(seconds)]
 
 
 class Seat:
@@ -225,11 +228,10 @@ class Seat:
         step.plain_rows = torch.tensor(plain, dtype=torch.int64)
         return step
 
-    def finish(self) -> list[Receipt]:
+    def finish(self) -> list[Receipt | PruningReceipt]:
         """Run the orders of the step, after its forward pass."""
         plan, self._plan = self._plan, None
-        receipts = []
-        finish_prunings(plan, self.pruner)
+        receipts: list[Receipt | PruningReceipt] = [*finish_prunings(plan, self.pruner)]
         for order in plan.orders if plan is not None else ():
             compactor = self.compactors.of(order.own)
             queries = None

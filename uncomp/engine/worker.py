@@ -124,6 +124,7 @@ class CompactingCPUWorker(CompactingWorker, CPUWorker):
                 PrunedModel.of(self.model_runner.get_model(), list(layers)),
                 list(layers),
                 HostPrompts(caches, layout, requests, ring, self._only_builder().metadata),
+                torch.device("cpu"),
                 self.rank,
             )
         return seat

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from uncomp.engine import conflicts
 from uncomp.engine.cache_manager import CompressedSpec
-from uncomp.engine.orders import ATTRIBUTE, Receipt, StepPlan
+from uncomp.engine.orders import ATTRIBUTE, PruningReceipt, Receipt, StepPlan
 from uncomp.engine.rotaries import rotaries
 from uncomp.engine.settings import engine_config, make_policy
 from uncomp.patches import engine_config as engine_config_patch
@@ -40,7 +40,7 @@ class AnySeat(Protocol):
 
     def pruned_step(self) -> AbstractContextManager[None]: ...
 
-    def finish(self) -> list[Receipt]: ...
+    def finish(self) -> list[Receipt | PruningReceipt]: ...
 
 
 class CompactingWorker(_Worker):
@@ -61,7 +61,7 @@ class CompactingWorker(_Worker):
         self._uncomp = engine_config(vllm_config)
         self._policy = make_policy(self._uncomp)
         self._seat: AnySeat | None = None
-        self._receipts: list[Receipt] = []
+        self._receipts: list[Receipt | PruningReceipt] = []
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         # The platform picks the backend: re-point its choice while the layers are being made, and
