@@ -124,6 +124,11 @@ METHODS: dict[str, Method] = {
         Method("uncomp", "the default of this project", {"policy": UncompConfig(keep=1.0).policy}),
         Method("uniform", "the default's scores, equal budgets", {"policy": "uniform"}),
         Method(
+            "ema",
+            "the default's scores, also handed on over the ends of sentences",
+            {"policy": "adakv", "pooling_kind": "ema"},
+        ),
+        Method(
             "by-score",
             "the default's scores, shares always by score",
             {"policy": "adakv", "equal_from": 0},

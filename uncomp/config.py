@@ -14,7 +14,7 @@ from typing import Any
 MEASURES = ("raw", "renormalized", "full")
 SOURCES = ("keys", "queries")
 REDUCTIONS = ("sum", "max")
-POOLINGS = ("max", "ema")
+POOLINGS = ("max", "ema", "sentence")
 PREFILL_SCORES = ("handed-on", "attention")
 SHARES = ("policy", "calibrated", "pyramid")
 #: shares -> `floor` where it is not given
@@ -94,10 +94,11 @@ class UncompConfig:
         metadata=_meta("how far a score reaches, in tokens; see pooling_kind"),
     )
     pooling_kind: str = field(
-        default="ema",
+        default="sentence",
         metadata=_meta(
-            "ema: a score reaches the tokens after it, falling by e every `pooling` of them, and "
-            "those before it half as far; max: the largest of `pooling` neighbours (odd; 1: none)"
+            "sentence: a score reaches the tokens after it, falling by e every `pooling` of them, "
+            "and those before it half as far, up to the ends of its sentence or line; ema: over "
+            "these, too; max: the largest of `pooling` neighbours (odd; 1: none)"
         ),
     )
     reduce: str = field(

@@ -86,6 +86,13 @@ def needs_queries(config: UncompConfig) -> bool:
     return policies.get(config.policy_name).needs_queries
 
 
+def needs_sentences(config: UncompConfig) -> bool:
+    """Whether it has to be known where the sentences of a request begin."""
+    from uncomp import policies
+
+    return config.pooling_kind == "sentence" and policies.get(config.policy_name).pool_scores
+
+
 def _check_queries(config: UncompConfig, server: UncompConfig) -> None:
     if not needs_queries(server):
         raise ValueError(

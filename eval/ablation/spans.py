@@ -7,6 +7,7 @@ little about the next one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,7 @@ from torch import Tensor
 from uncomp.eval.ablation import choose
 from uncomp.eval.ablation.replay import Reading, Replay
 from uncomp.eval.ablation.shared import Named, both, entropy, once, ranked, value_norm, windows
-
-_ENDS = (".", "!", "?")
+from uncomp.sentences import Sentences
 
 
 def words(texts: list[str]) -> Tensor:
@@ -32,19 +32,12 @@ def lines(texts: list[str]) -> Tensor:
     return torch.tensor([False, *("\n" in text for text in texts[:-1])])
 
 
-def sentences(texts: list[str]) -> Tensor:
-    """`[N]` bool: whether a token is the first of a line or of a sentence."""
-    ended = [text.rstrip(" ").endswith(_ENDS) for text in texts[:-1]]
-    space = [text[:1].isspace() for text in texts[1:]]
-    return lines(texts) | torch.tensor([False, *map(min, ended, space)])
-
-
 def spans(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
     """The default beside scores that know words and sentences; shares of heads; norms of values."""
     raw = windows(reading, replay)[32, "max", "sum"]
     texts = once("texts", lambda: _texts(replay.tokenizer, reading.ids))
     one = torch.ones(reading.tokens)
-    word, line, sentence = words(texts), lines(texts), sentences(texts)
+    word, line, sentence = words(texts), lines(texts), begun(replay, reading)
     scores = both(raw, 8, 16)
 
     def even(of: Tensor) -> Tensor:
@@ -87,6 +80,14 @@ def spans(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iter
     yield "snapkv", even(choose.spread(windows(reading, replay)[8, "sum", "sum"], 7, 7))
 
 
+def begun(replay: Replay, reading: Reading) -> Tensor:
+    """`[N]` bool: whether a token is the first of a line or of a sentence, as in the engine."""
+    starts = once("starts", lambda: _vocabulary(replay.tokenizer).starts(reading.ids))
+    found = torch.zeros(reading.tokens, dtype=torch.bool)
+    found[torch.from_numpy(starts).long()] = True
+    return found
+
+
 def cut(gaps: Tensor, starts: Tensor) -> Tensor:
     """Distances to the token before, infinite where something new begins."""
     return gaps.masked_fill(starts, torch.inf)
@@ -112,6 +113,11 @@ def _running(raw: Tensor, factors: Tensor) -> Tensor:
         out = out + factors * F.pad(out, (step, 0))[..., : raw.shape[-1]]
         factors = factors * F.pad(factors, (step, 0))[..., : raw.shape[-1]]
     return out
+
+
+@functools.cache
+def _vocabulary(tokenizer: Any) -> Sentences:
+    return Sentences.of(tokenizer)
 
 
 def _texts(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:

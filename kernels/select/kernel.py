@@ -101,17 +101,49 @@ def pool_kernel(
     tl.store(out_ptr + entry, best, mask=entry < n)
 
 
+@triton.jit(do_not_specialize=VARYING)
+def sentences_kernel(
+    sentences_ptr, out_ptr,
+    blocks_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, positions_ptr,
+    num_rows, num_slots, num_blocks, entries, width, stride_row, first_layer,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sentence of every entry, from that of every position. Grid (L R H, tiles of entries)."""
+    layer, row, head, count, offset, first, full, length, n = head_of_program(
+        lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, num_rows, num_slots,
+        HEADS, BLOCK_SIZE,
+    )  # fmt: skip
+    n = tl.minimum(n, entries)
+    start = tl.program_id(1) * TILE
+    if start >= n:
+        return
+    entry = start + tl.arange(0, TILE)
+    kept = (entry < n) & is_stored(entry, count, first, full, BLOCK_SIZE)
+    at = position_offset(
+        first_layer + layer, layer * 0, num_blocks, blocks_ptr + row.to(tl.int64) * stride_row,
+        entry, kept, count, offset, first, full, head, HEADS, BLOCK_SIZE, SHARED,
+    )  # fmt: skip
+    positions_ptr += layer.to(tl.int64) * num_blocks * HEADS * BLOCK_SIZE
+    position = tl.load(positions_ptr + at, mask=kept, other=0)
+    position = tl.where(kept, position, length - n + entry)
+    known = (entry < n) & (position < width)
+    found = tl.load(sentences_ptr + row.to(tl.int64) * width + position, mask=known, other=0)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * entries + entry, found, mask=entry < n)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "window"])
 def ema_kernel(
-    raw_ptr, out_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr,
+    raw_ptr, out_ptr, sentences_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr,
     num_rows, num_slots, entries, window,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, AFTER: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER_RATE: tl.constexpr, BEFORE_RATE: tl.constexpr, TILE: tl.constexpr,
+    AFTER_RATE: tl.constexpr, BEFORE_RATE: tl.constexpr, SENTENCES: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Exponential moving average to both sides. Grid (L R H, tiles of entries).
 
     A score reaches AFTER entries on and BEFORE back, its own included; rates are binary logarithms
-    a step. What is farther away, and smaller, is added first.
+    a step. What is farther away, and smaller, is added first. SENTENCES: only entries of the same
+    one (`sentences_ptr` is like `raw_ptr`, and not read otherwise).
     """
     _layer, _row, _head, _count, _offset, _first, _full, _length, n = head_of_program(
         lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, num_rows, num_slots,
@@ -125,15 +157,25 @@ def ema_kernel(
     entry = start + tl.arange(0, TILE)
     raw_ptr += tl.program_id(0).to(tl.int64) * entries
     out_ptr += tl.program_id(0).to(tl.int64) * entries
+    sentences_ptr += tl.program_id(0).to(tl.int64) * entries
+    own = entry * 0
+    if SENTENCES:
+        own = tl.load(sentences_ptr + entry, mask=entry < limit, other=0)
     total = tl.zeros((TILE,), tl.float32)
     for step in range(1, BEFORE):
         near = entry + BEFORE - step
-        score = tl.load(raw_ptr + near, mask=near < limit, other=0.0)
+        within = near < limit
+        if SENTENCES:
+            within &= tl.load(sentences_ptr + near, mask=within, other=0) == own
+        score = tl.load(raw_ptr + near, mask=within, other=0.0)
         total += score * tl.exp2(BEFORE_RATE * (entry - near).to(tl.float32))
     ahead = tl.zeros((TILE,), tl.float32)
     for step in range(1, AFTER + 1):
         near = entry - AFTER + step
-        score = tl.load(raw_ptr + near, mask=(near >= 0) & (near < limit), other=0.0)
+        within = (near >= 0) & (near < limit)
+        if SENTENCES:
+            within &= tl.load(sentences_ptr + near, mask=within, other=0) == own
+        score = tl.load(raw_ptr + near, mask=within, other=0.0)
         ahead += score * tl.exp2(AFTER_RATE * (near - entry).to(tl.float32))
     total = tl.where(entry < limit, total + ahead, float("-inf"))
     tl.store(out_ptr + entry, total, mask=entry < n)

@@ -12,7 +12,7 @@ from torch import Tensor
 from uncomp.kernels.paged import Holdings, Rows
 from uncomp.kernels.variant import Config
 
-from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel
+from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel, sentences_kernel
 from .naive import POOLINGS, Pooling, before_length, reach
 
 #: entries of a step of `limits` and `choose`; the first is the default, the others are timed by
@@ -104,22 +104,68 @@ def limits(
     return eligible, forced
 
 
-def pool(raw: Tensor, terms: Terms, width: int, out: Tensor, kind: Pooling = "max") -> Tensor:
+def entry_sentences(sentences: Tensor, terms: Terms, out: Tensor) -> Tensor:
+    """The sentence of every entry, from that of every position.
+
+    Args:
+        sentences: `[R, P]` int32, contiguous: number of the sentence at every position.
+        out: `[L, R, H, N]` int32, contiguous, written up to the entries of every head; those of
+            positions from P on get 0.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    name = "entry_sentences"
+    _check_terms(name, terms)
+    layers, requests, heads = terms.shape
+    positions = sentences.shape[1] if sentences.dim() == 2 else -1
+    _check(name, "sentences", sentences, (requests, positions), terms.positions.device)
+    entries = out.shape[3] if out.dim() == 4 else -1
+    _check(name, "out", out, (layers, requests, heads, entries), terms.positions.device)
+    if out.numel() == 0:
+        return out
+    config = POOL_CONFIGS[0]
+    rows, holdings = terms.rows, terms.holdings
+    grid = (layers * requests * heads, triton.cdiv(entries, config.meta["TILE"]))
+    sentences_kernel[grid](
+        sentences, out,
+        rows.blocks, rows.lengths, rows.slots, holdings.counts, holdings.offsets, holdings.spans,
+        terms.positions, requests, holdings.slots, terms.positions.shape[1], entries, positions,
+        rows.blocks.stride(0), holdings.start,
+        HEADS=heads, BLOCK_SIZE=terms.block_size, SHARED=holdings.shared, **config.meta,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def pool(
+    raw: Tensor,
+    terms: Terms,
+    width: int,
+    out: Tensor,
+    kind: Pooling = "max",
+    sentences: Tensor | None = None,
+) -> Tensor:
     """`naive.pool_scores` with the recent window left out.
 
     Args:
         raw: `[L, R, H, N]` float32, contiguous; N at least the entries of the longest head.
-        width: "max": odd number of entries, 1 only leaves out the window; "ema": the length.
+        width: "max": odd number of entries, 1 only leaves out the window; otherwise the length.
         out: like `raw`, another tensor; entries of a head are written (-inf in the window),
             nothing beyond them is.
-        kind: "max" or "ema".
+        kind: "max", "ema" or "sentence".
+        sentences: `[L, R, H, N]` int32, contiguous, not falling along N; read for "sentence" only.
 
     Returns:
         `out`. A neighbourhood with NaN is NaN.
 
     Raises:
-        ValueError: `width` not a positive odd number ("ema": below 1), an unknown kind, `out` the
-            same memory as `raw`, or shapes, dtypes or devices that do not fit.
+        ValueError: `width` not a positive odd number ("ema", "sentence": below 1), an unknown kind,
+            no sentences where they are needed, `out` the same memory as `raw`, or shapes, dtypes or
+            devices that do not fit.
     """
     name = "pool"
     if kind not in POOLINGS:
@@ -130,6 +176,10 @@ def pool(raw: Tensor, terms: Terms, width: int, out: Tensor, kind: Pooling = "ma
         )
     _check_terms(name, terms)
     _check_scores(name, terms, {"raw": raw, "out": out})
+    if kind == "sentence":
+        if sentences is None:
+            raise ValueError(f"{name}: kind 'sentence' needs the sentence of every entry")
+        _check(name, "sentences", sentences, tuple(raw.shape), raw.device)
     if raw.numel() == 0:
         return out
     if raw.data_ptr() == out.data_ptr():
@@ -145,16 +195,19 @@ def pool(raw: Tensor, terms: Terms, width: int, out: Tensor, kind: Pooling = "ma
     if kind == "max":
         pool_kernel[grid](raw, out, *table, *numbers, WIDTH=width, **constants, **options)
     else:
-        ema_kernel[grid](raw, out, *table, *numbers, **ema_constants(width), **constants, **options)
+        inside = sentences if kind == "sentence" and sentences is not None else rows.lengths
+        compiled = ema_constants(width, kind == "sentence")
+        ema_kernel[grid](raw, out, inside, *table, *numbers, **compiled, **constants, **options)
     return out
 
 
-def ema_constants(length: int) -> dict[str, int | float]:
+def ema_constants(length: int, sentences: bool = False) -> dict[str, int | float]:
     """What `ema_kernel` is compiled for."""
     before = before_length(length)
     return {
         "AFTER": reach(length), "AFTER_RATE": math.log2(math.e) / length,
         "BEFORE": reach(before), "BEFORE_RATE": math.log2(math.e) / before,
+        "SENTENCES": sentences,
     }  # fmt: skip
 
 

@@ -10,19 +10,32 @@ from torch import Tensor
 
 LOWEST = float("-inf")
 
-Pooling = Literal["max", "ema"]
+Pooling = Literal["max", "ema", "sentence"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
-def pool_scores(raw: Tensor, width: int, kind: Pooling, limit: Tensor | None = None) -> Tensor:
+def pool_scores(
+    raw: Tensor,
+    width: int,
+    kind: Pooling,
+    limit: Tensor | None = None,
+    sentences: Tensor | None = None,
+) -> Tensor:
     """How a score reaches the entries around it: `max_pool`, or `ema_pool` with this length.
 
+    Args:
+        kind: "sentence" is `ema_pool` inside `sentences`; the others do not look at them.
+
     Raises:
-        ValueError: an unknown kind, and what these two reject.
+        ValueError: an unknown kind, "sentence" without sentences, and what these two reject.
     """
     if kind not in POOLINGS:
         raise ValueError(f"pool_scores: kind must be one of {list(POOLINGS)}, got {kind!r}")
-    return max_pool(raw, width, limit) if kind == "max" else ema_pool(raw, width, limit)
+    if kind == "max":
+        return max_pool(raw, width, limit)
+    if kind == "sentence" and sentences is None:
+        raise ValueError("pool_scores: kind 'sentence' needs the sentence of every entry")
+    return ema_pool(raw, width, limit, sentences if kind == "sentence" else None)
 
 
 def max_pool(raw: Tensor, width: int, limit: Tensor | None = None) -> Tensor:
@@ -50,7 +63,9 @@ def max_pool(raw: Tensor, width: int, limit: Tensor | None = None) -> Tensor:
     return pooled if inside is None else pooled.masked_fill(~inside, LOWEST)
 
 
-def ema_pool(raw: Tensor, length: int, limit: Tensor | None = None) -> Tensor:
+def ema_pool(
+    raw: Tensor, length: int, limit: Tensor | None = None, sentences: Tensor | None = None
+) -> Tensor:
     """Exponential moving average to both sides, twice as far to the entries after a score.
 
     The window's queries find where something begins (a name, the word before a number); what has
@@ -58,6 +73,9 @@ def ema_pool(raw: Tensor, length: int, limit: Tensor | None = None) -> Tensor:
     of entry i reaches entry j with the weight exp(-(j - i) / length) for j >= i and
     exp(-(i - j) / before), before = max(1, length / 2), otherwise. Not divided by the sum of the
     weights, because only the order counts.
+
+    Scores stay inside their sentence, where sentences are given: what is found in one says little
+    about the next, and next to a name there is often the line of another (docs/quality.md).
 
     Weights end where they are below exp(-4): of `reach(length)` entries, the own one included, and
     of `reach(before)`.
@@ -67,6 +85,8 @@ def ema_pool(raw: Tensor, length: int, limit: Tensor | None = None) -> Tensor:
             included, from there on.
         length: entries after which a score has fallen by e, at least 1.
         limit: `[H]` int64; only entries below `limit[h]` take part. None: all.
+        sentences: `[H, N]` integers, not falling along N: number of the sentence of every entry.
+            None: one.
 
     Returns:
         `[H, N]`, dtype of `raw`; -inf from `limit` on.
@@ -77,12 +97,17 @@ def ema_pool(raw: Tensor, length: int, limit: Tensor | None = None) -> Tensor:
     if length < 1:
         raise ValueError(f"ema_pool: length must be at least 1, got {length}")
     inside = _inside("ema_pool", raw, limit)
+    if sentences is not None and sentences.shape != raw.shape:
+        raise ValueError(
+            f"ema_pool needs sentences like raw {list(raw.shape)}, got {list(sentences.shape)}"
+        )
     if raw.numel() == 0:
         return raw
     if inside is not None:
         raw = raw.masked_fill(~inside, 0.0)
-    after = _trail(raw, length)
-    before = _trail(raw.flip(1), before_length(length)).flip(1)
+    after = _trail(raw, length, sentences)
+    turned = None if sentences is None else sentences.flip(1)
+    before = _trail(raw.flip(1), before_length(length), turned).flip(1)
     pooled = after + before - raw
     return pooled if inside is None else pooled.masked_fill(~inside, LOWEST)
 
@@ -97,11 +122,16 @@ def reach(length: float) -> int:
     return 1 << math.ceil(math.log2(4 * length))
 
 
-def _trail(raw: Tensor, length: float) -> Tensor:
-    """Sum over t < reach(length) of exp(-t / length) times the score t entries before."""
+def _trail(raw: Tensor, length: float, sentences: Tensor | None) -> Tensor:
+    """Sum over t < reach(length) of exp(-t / length) times the score t entries before, as long as
+    these are of the same sentence."""
     out, step = raw, 1
     while step < reach(length):  # what 1, 2, 4, ... entries have summed up so far
-        moved = F.pad(out[:, :-step], (step, 0)) if step < raw.shape[1] else torch.zeros_like(out)
+        if step >= raw.shape[1]:
+            break
+        moved = F.pad(out[:, :-step], (step, 0))
+        if sentences is not None:
+            moved[:, step:] *= sentences[:, step:] == sentences[:, :-step]
         out = out + moved * math.exp(-step / length)
         step *= 2
     return out

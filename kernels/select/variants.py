@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uncomp.kernels.variant import Config, Variant
 
-from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel
+from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel, sentences_kernel
 from .launch import CONFIGS, POOL_CONFIGS, ema_constants
 
 _HELD = dict.fromkeys(
@@ -21,6 +21,7 @@ _TERMS = {
         "i32",
     ),
 }
+_NOT_OF_SENTENCES = ("full_ptr", "protect_ptr", "num_spans", "sinks", "window")
 _SCORES = {"raw_ptr": "*fp32", "entries": "i32"}
 
 
@@ -49,9 +50,20 @@ def _pool(width: int) -> Variant:
     return Variant(f"pool width={width}", pool_kernel, _POOLED, constants, POOL_CONFIGS[0])
 
 
-def _ema(length: int) -> Variant:
-    constants = {**_constants(8, 16), **ema_constants(length)}
-    return Variant(f"ema length={length}", ema_kernel, _POOLED, constants, POOL_CONFIGS[0])
+def _ema(length: int, sentences: bool = False) -> Variant:
+    constants = {**_constants(8, 16), **ema_constants(length, sentences)}
+    name = f"ema length={length}" + " sentences" * sentences
+    signature = {**_POOLED, "sentences_ptr": "*i32"}
+    return Variant(name, ema_kernel, signature, constants, POOL_CONFIGS[0])
+
+
+def _sentences(shared: bool) -> Variant:
+    terms = {k: v for k, v in _TERMS.items() if k not in _NOT_OF_SENTENCES}
+    signature = {**terms, "sentences_ptr": "*i32", "out_ptr": "*i32", "entries": "i32"}
+    signature["width"] = "i32"
+    constants = {**_constants(8, 16), "SHARED": shared}
+    name = "sentences" + " shared" * shared
+    return Variant(name, sentences_kernel, signature, constants, POOL_CONFIGS[0])
 
 
 def _choose(config: Config, heads: int = 8, block_size: int = 16, shared: bool = False) -> Variant:
@@ -76,6 +88,9 @@ VARIANTS: list[Variant] = [
     _pool(1),
     _pool(7),
     _ema(16),
+    _ema(16, sentences=True),
+    _sentences(False),
+    _sentences(True),
     *(_choose(config) for config in CONFIGS),
     _choose(CONFIGS[0], heads=5, block_size=64),
 ]

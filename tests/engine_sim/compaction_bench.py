@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,10 @@ class Bench:
             free = [b for b in range(1, BLOCKS) if b not in self.row]
             kept = [self.random.choice([b, free.pop()]) for b in kept]
         generation = slot.generation + 1 if slot else 1
-        return Order("r", self.tokens, full, tuple(kept), generation, protect)
+        starts = np.array([p for p in range(1, self.tokens) if p % 11 == 5 or p == 14], np.int32)
+        return Order(
+            "r", self.tokens, full, tuple(kept), generation, protect, None, starts.tobytes()
+        )
 
     def run(self, order: Order) -> None:
         """Compact, and compare everything with the reference."""
@@ -170,6 +174,8 @@ class Bench:
         for h, head in enumerate(heads):
             forced.append(set())
             poolable = [e for e, (p, *_) in enumerate(head) if p < recent]
+            begun = np.frombuffer(order.sentences, np.int32)
+            numbers = [int((begun <= p).sum()) for p, *_ in head]
             for e, (position, *_) in enumerate(head):
                 inside = position < order.full_blocks * SIZE
                 eligible[h, e] = inside
@@ -180,7 +186,10 @@ class Bench:
                     if not self.policy.pool_scores:
                         pooled[h, e] = own[h][e]
                     elif e in poolable:
-                        pooled[h, e] = self.pooled(own[h], e, poolable)
+                        near = poolable
+                        if self.config.pooling_kind == "sentence":
+                            near = [o for o in poolable if numbers[o] == numbers[e]]
+                        pooled[h, e] = self.pooled(own[h], e, near)
         pooled = parts[0] if len(parts) == 1 else self.in_turns(*parts, eligible)
         least = torch.tensor([-(-len(f) // SIZE) for f in forced])
         most = eligible.sum(1).long() // SIZE

@@ -11,11 +11,12 @@ from __future__ import annotations
 import pickle
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from fake_runner import FakeRunner, RandomPolicy, Shape
 from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
@@ -82,6 +83,7 @@ class Simulation:
         self.planner: CompactionPlanner = self.scheduler._planner
         self.planner.wide_rows = setup.wide_rows
         self.planner.apart = setup.apart
+        self.planner.starts = sentence_starts
         self.manager: CompressedManager = self.scheduler._manager
         self.pool = self.manager.block_pool
         self.config = self.planner.config
@@ -299,6 +301,11 @@ class Simulation:
             self.finished.add(request_id)
 
 
+def sentence_starts(ids: Sequence[int]) -> np.ndarray:
+    """Every token that is a multiple of 7 begins a sentence."""
+    return np.flatnonzero(np.asarray(ids) % 7 == 0).astype(np.int32)
+
+
 def _vllm_config(setup: Setup) -> Any:
     """A configuration with all that the scheduler reads; no model behind it."""
     config = VllmConfig(
@@ -325,6 +332,7 @@ def _vllm_config(setup: Setup) -> Any:
         use_mla=False,
         is_diffusion=False,
         runner_type="generate",
+        skip_tokenizer_init=True,  # the tests give the planner a vocabulary
         supports_multimodal_inputs=False,
         return_sampling_mask=False,
         hf_text_config=SimpleNamespace(num_hidden_layers=setup.shape.layers),

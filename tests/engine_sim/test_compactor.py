@@ -73,10 +73,11 @@ def test_what_stays_need_not_be_the_window(policy: str, recent: int) -> None:
             assert last == [*range(bench.tokens - recent, bench.tokens)]
 
 
-@pytest.mark.parametrize("policy", ["adakv", "uniform"])
+@pytest.mark.parametrize("policy", ["adakv", "uniform", "hybrid"])
+@pytest.mark.parametrize("kind", ["ema", "sentence"])
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_scores_are_handed_on(policy: str, length: int) -> None:
-    given = config(policy=policy, pooling=length, pooling_kind="ema", window_reduce="sum")
+def test_scores_are_handed_on(policy: str, kind: str, length: int) -> None:
+    given = config(policy=policy, pooling=length, pooling_kind=kind, window_reduce="sum")
     bench = Bench(given, LAYOUTS["plain"], 41, length)
     for growth in (0, 7):
         for _ in range(growth):

@@ -37,6 +37,7 @@ def configuration(device: str = "cpu") -> Any:
             use_mla=False,
             uses_mrope=False,
             max_model_len=4096,
+            skip_tokenizer_init=False,
         ),
         lora_config=None,
         additional_config={},

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_runner import Shape
 from simulate import Setup, Simulation
 
-from uncomp.engine.orders import ATTRIBUTE, PruningReceipt, Receipt, StepPlan
+from uncomp.engine.orders import ATTRIBUTE, PruningReceipt, Receipt, StepPlan, sentences_at
 
 PROMPT = list(range(1, 11)) * 4  # 40 tokens, 10 blocks
 
@@ -292,6 +293,45 @@ def test_a_later_compaction_apart_writes_to_blocks_that_hold_nothing(lag: int) -
     assert postponed > 0
     assert sim.happened["apart"] > 2
     sim.drain()
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_orders_say_where_sentences_begin(lag: int) -> None:
+    """All but sampled tokens that are still on their way, which are among the last ones."""
+    sim = simulation(lag, pooling_kind="sentence", pooling=3, recompact_every=8)
+    sim.add("a", PROMPT, 40)
+    request, orders = sim.requests["a"], {}
+    while sim.scheduler.has_requests() or sim.in_flight:
+        sim.step()
+        for step in sim.in_flight:
+            orders |= {o.generation: o for o in getattr(step.output, ATTRIBUTE).orders}
+    if not lag:  # nothing is in flight between the steps
+        assert not orders
+        return
+    assert len(orders) > 2
+    tokens = list(request.all_token_ids)
+    for order in orders.values():
+        expected = [p for p in range(order.num_tokens) if tokens[p] % 7 == 0]
+        told = np.frombuffer(order.sentences, np.int32).tolist()
+        assert told == expected[: len(told)]
+        assert all(p >= order.num_tokens - 1 - lag for p in expected[len(told) :])
+        numbers = sentences_at(order.sentences, order.num_tokens)
+        assert numbers.tolist() == [sum(s <= p for s in told) for p in range(order.num_tokens)]
+
+
+def test_requests_that_need_sentences_are_served_without_compression() -> None:
+    """By an engine without a tokenizer, where the front end did not know."""
+    sim = simulation(1, pooling_kind="ema")
+    sim.planner.starts = None
+    sim.add("a", PROMPT, 4, kv_settings='{"pooling_kind": "sentence"}')
+    sim.add("b", PROMPT[::-1], 4)
+    compacted = set()
+    while sim.scheduler.has_requests() or sim.in_flight:
+        sim.step()
+        for step in sim.in_flight:
+            compacted |= {o.request_id for o in getattr(step.output, ATTRIBUTE).orders}
+    assert compacted == {"b"}
+    assert sim.planner.counters["refused_invalid_settings"] == 1
 
 
 @pytest.mark.parametrize(

@@ -263,11 +263,35 @@ def test_moving_average_hands_a_score_on_twice_as_far_as_back() -> None:
     assert raw.sum() == 1.0
 
 
+@pytest.mark.parametrize("length", [1, 5, 16])
+@pytest.mark.parametrize("entries", [1, 7, 150])
+def test_inside_sentences_it_is_each_sentence_alone(length: int, entries: int) -> None:
+    torch.manual_seed(entries)
+    raw = torch.rand(2, entries).double()
+    sentences = (torch.rand(2, entries) < 0.1).cumsum(1) * 3
+    limit = torch.tensor([entries, entries // 2])
+    pooled = pool_scores(raw, length, "sentence", limit, sentences)
+    for head in range(2):
+        for number in sentences[head].unique():
+            at = (sentences[head] == number) & (torch.arange(entries) < limit[head])
+            alone = ema_pool(raw[head : head + 1, at], length)
+            # Float64, the same sums without the zeros between them.
+            torch.testing.assert_close(pooled[head : head + 1, at], alone, rtol=1e-13, atol=0)
+    assert (pooled[1, entries // 2 :] == LOWEST).all()
+
+
 def test_pooling_by_kind() -> None:
     raw = torch.rand(2, 30)
     limit = torch.tensor([30, 12])
     assert pool_scores(raw, 5, "max", limit).equal(max_pool(raw, 5, limit))
     assert pool_scores(raw, 6, "ema", limit).equal(ema_pool(raw, 6, limit))
+    one = torch.zeros(2, 30, dtype=torch.int32)
+    assert pool_scores(raw, 6, "sentence", limit, one).equal(ema_pool(raw, 6, limit))
+    assert pool_scores(raw, 6, "ema", limit, one.cumsum(1)).equal(ema_pool(raw, 6, limit))
+    with pytest.raises(ValueError, match="needs the sentence of every entry"):
+        pool_scores(raw, 6, "sentence", limit)
+    with pytest.raises(ValueError, match=r"sentences like raw \[2, 30\], got \[2, 4\]"):
+        pool_scores(raw, 6, "sentence", limit, one[:, :4])
     with pytest.raises(ValueError, match="kind must be one of"):
         pool_scores(raw, 5, "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):

@@ -8,8 +8,10 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from uncomp.config import UncompConfig
+from uncomp.engine.planner import NO_TOKENIZER
 from uncomp.engine.settings import requested
-from uncomp.request import RequestError, request_settings
+from uncomp.request import RequestError, RequestSettings, request_settings
+from uncomp.request_policy import needs_sentences
 
 #: settings of the engine that this front end was started for; see ``activate``
 _active: UncompConfig | None = None
@@ -50,11 +52,15 @@ def check_request(vllm_config: Any, request: Any) -> None:
         return
     tokens = request.prompt_token_ids
     length = len(tokens) if tokens is not None else len(request.prompt_embeds)
-    _check(request.sampling_params.extra_args, config, length)
+    settings = _check(request.sampling_params.extra_args, config, length)
+    if vllm_config.model_config.skip_tokenizer_init and needs_sentences(settings.own or config):
+        raise Rejected(NO_TOKENIZER)
 
 
-def _check(extra_args: dict[str, Any] | None, config: UncompConfig, prompt_tokens: int) -> None:
+def _check(
+    extra_args: dict[str, Any] | None, config: UncompConfig, prompt_tokens: int
+) -> RequestSettings:
     try:
-        request_settings(extra_args, config, prompt_tokens)
+        return request_settings(extra_args, config, prompt_tokens)
     except RequestError as error:
         raise Rejected(str(error)) from error

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from uncomp.engine.calibrated import shares_layers
 from uncomp.engine.settings import requested
+from uncomp.request_policy import needs_sentences
 
 
 def _prunes(config: VllmConfig) -> bool:
@@ -27,6 +28,11 @@ def _prunes(config: VllmConfig) -> bool:
 def _shares_layers(config: VllmConfig) -> bool:
     asked = requested(config)
     return asked is not None and shares_layers(asked)
+
+
+def _needs_sentences(config: VllmConfig) -> bool:
+    asked = requested(config)
+    return asked is not None and needs_sentences(asked)
 
 
 class ConflictError(ValueError):
@@ -151,6 +157,12 @@ CONFLICTS: tuple[Conflict, ...] = (
         "its cache has no KV heads",
         "serve this model without compression",
         lambda c: bool(c.model_config.use_mla),
+    ),
+    Conflict(
+        "pooling_kind='sentence' without a tokenizer",
+        "what tokens say shows where sentences begin",
+        "drop --skip-tokenizer-init or set --kv-pooling-kind ema",
+        lambda c: bool(c.model_config.skip_tokenizer_init) and _needs_sentences(c),
     ),
 )
 

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from uncomp.engine.device_state import DeviceRequests, to_device
-from uncomp.engine.orders import Order
+from uncomp.engine.orders import Order, sentences_at
 from uncomp.kernels.paged import Caches, Rows
 
 
@@ -39,6 +40,8 @@ class Facts:
         kept: [R] int32, blocks that stay.
         kept_blocks: [R, n] int32.
         protect: [R, P, 2] int32.
+        sentences: [R, T] int32, number of the sentence at every position below T, at least the
+            longest sequence; no columns where no order has any.
         stride: [R] int32, sampling of the entropy.
         queries: [layers, R, w, query heads, head size] or None.
     """
@@ -49,6 +52,7 @@ class Facts:
     kept: Tensor
     kept_blocks: Tensor
     protect: Tensor
+    sentences: Tensor
     stride: Tensor
     queries: Tensor | None
 
@@ -90,9 +94,20 @@ def facts_of(
         numbers[3],
         to_device(blocks, torch.int32, device),
         to_device(protect, torch.int32, device).view(len(jobs), spans, 2),
+        _sentences(orders, device),
         numbers[4],
         queries,
     )
+
+
+def _sentences(orders: list[Order], device: torch.device) -> Tensor:
+    longest = max((o.num_tokens for o in orders if o.sentences), default=0)
+    # Rounded up as in `widest`.
+    numbers = np.zeros((len(orders), -(-longest // 64) * 64), dtype=np.int32)
+    for row, order in enumerate(orders):
+        if order.sentences:
+            numbers[row, : order.num_tokens] = sentences_at(order.sentences, order.num_tokens)
+    return to_device(numbers, torch.int32, device)  # type: ignore[arg-type]
 
 
 def widest(jobs: list[Job], requests: DeviceRequests, block_size: int) -> int:

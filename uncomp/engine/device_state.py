@@ -18,7 +18,8 @@ from uncomp.kernels.paged import Holdings
 
 
 def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list as a device tensor, without waiting (the pinned source is kept until copied)."""
+    """A host list or array as a device tensor, without waiting (the pinned source is kept until
+    copied)."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uncomp.config import UncompConfig
-from uncomp.engine.orders import Order
+from uncomp.engine.orders import Order, sentences_at
 from uncomp.engine.state import CompressedRequests
 
 
@@ -33,19 +33,21 @@ class Held:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an order says about the entries of some layers, [layers, heads, N] bool each.
+    """What an order says about the entries of some layers, [layers, heads, N] each, bool but one.
 
     Attributes:
         valid: holds a token.
         eligible: valid, and the choice is made from it (not the tail).
         forced: eligible, and stays in any case.
         recent: of the last tokens, which stay, or padding.
+        sentences: int32, number of the sentence; garbage where there is no token.
     """
 
     valid: Tensor
     eligible: Tensor
     forced: Tensor
     recent: Tensor
+    sentences: Tensor
 
     @classmethod
     def of(cls, order: Order, held: Held, config: UncompConfig, block_size: int) -> Bounds:
@@ -56,11 +58,17 @@ class Bounds:
         forced = eligible & ((positions < config.sinks) | recent)
         for start, end in order.protect:
             forced |= eligible & (positions >= start) & (positions < end)
-        return cls(valid, eligible, forced, recent)
+        last = order.num_tokens - 1
+        numbers = torch.from_numpy(sentences_at(order.sentences, order.num_tokens))
+        return cls(valid, eligible, forced, recent, numbers[positions.clamp(0, last)])
 
     def part(self, layers: slice) -> Bounds:
         return Bounds(
-            self.valid[layers], self.eligible[layers], self.forced[layers], self.recent[layers]
+            self.valid[layers],
+            self.eligible[layers],
+            self.forced[layers],
+            self.recent[layers],
+            self.sentences[layers],
         )
 
     def minimum(self, block_size: int) -> Tensor:

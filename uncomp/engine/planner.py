@@ -8,7 +8,7 @@ worker has confirmed the order, before the next ``schedule()``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +20,14 @@ from uncomp.engine.report import Report
 from uncomp.plan import Target
 from uncomp.pruning import WIDEST, Schedule, always_read
 from uncomp.request import RequestError, request_settings
-from uncomp.request_policy import needs_queries
+from uncomp.request_policy import needs_queries, needs_sentences
 
 logger = logging.getLogger("vllm.uncomp")
+
+NO_TOKENIZER = (
+    "pooling_kind='sentence' needs to know what tokens say, and this engine runs without a "
+    "tokenizer (skip_tokenizer_init): set pooling_kind to 'ema'"
+)
 
 
 @dataclass
@@ -60,6 +65,8 @@ class CompactionPlanner:
         schedule: where prompt tokens leave; ``None``: prompts are not pruned.
         wide_rows: the worker attends to compressed rows of several tokens.
         apart: compactions after the first of a request write to blocks that hold nothing of it.
+        starts: finds the positions at which sentences begin among token ids; ``None``: it is not
+            known what the tokens say.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class CompactionPlanner:
         schedule: Schedule | None = None,
         wide_rows: bool = False,
         apart: bool = False,
+        starts: Callable[[Sequence[int]], Any] | None = None,
     ) -> None:
         self.config = config
         self.manager = manager
@@ -80,6 +88,7 @@ class CompactionPlanner:
         self.schedule = schedule
         self.wide_rows = wide_rows
         self.apart = apart
+        self.starts = starts
         self.tracked: dict[str, Tracked] = {}
 
     def admit(self, request: Any) -> None:
@@ -144,7 +153,7 @@ class CompactionPlanner:
             computed = requests[request_id].num_computed_tokens
             is_pruned = isinstance(requests[request_id].block_hashes, Unshared)
             if is_pruned and scheduled == computed:
-                self._prune(plan, request_id, tracked, computed)
+                self._prune(plan, requests[request_id], tracked, computed)
             elif is_pruned or tracked.generation:
                 plan.generations[request_id] = tracked.generation
             if tracked.trigger is None:
@@ -162,7 +171,7 @@ class CompactionPlanner:
                     first = min(first, plan.record[request_id][0])
                 plan.record[request_id] = (first, computed)
             if computed >= tracked.trigger:
-                order = self._order(request_id, tracked, computed)
+                order = self._order(requests[request_id], tracked, computed)
                 if order is not None:
                     plan.orders.append(order)
         return plan
@@ -212,9 +221,9 @@ class CompactionPlanner:
                 receipt.move_seconds * 1e3,
             )
 
-    def _prune(self, plan: StepPlan, request_id: str, tracked: Tracked, computed: int) -> None:
+    def _prune(self, plan: StepPlan, request: Any, tracked: Tracked, computed: int) -> None:
         assert self.schedule is not None
-        target, own = tracked.target, tracked.target.settings.own
+        request_id, target, own = request.request_id, tracked.target, tracked.target.settings.own
         kept = self._stages(target, computed)
         plan.prunings.append(Pruning(request_id, computed, kept, target.settings.protect, own))
         plan.record[request_id] = (max(0, computed - WIDEST), computed)
@@ -269,6 +278,8 @@ class CompactionPlanner:
     def _target_of(self, request: Any) -> Target:
         given = request.sampling_params.extra_args
         settings = request_settings(given, self.config, request.num_prompt_tokens)
+        if self.starts is None and needs_sentences(settings.own or self.config):
+            raise RequestError(NO_TOKENIZER)
         return Target.of(settings, settings.own or self.config, self.block_size)
 
     def report(self, request_id: str) -> dict[str, Any] | None:
@@ -278,7 +289,15 @@ class CompactionPlanner:
             return None
         return tracked.report.facts()
 
-    def _order(self, request_id: str, tracked: Tracked, computed: int) -> Order | None:
+    def _sentences(self, request: Any, own: UncompConfig | None, tokens: int) -> bytes:
+        """Where sentences begin in a request, if its scores stay inside them."""
+        if self.starts is None or not needs_sentences(own or self.config):
+            return b""
+        # Sampled tokens that are still on their way are among the last ones, which stay anyway.
+        return self.starts(request.all_token_ids[:tokens]).tobytes()
+
+    def _order(self, request: Any, tracked: Tracked, computed: int) -> Order | None:
+        request_id = request.request_id
         full = computed // self.block_size
         held = tracked.kept + full - tracked.full_blocks
         if not tracked.target.worthwhile(computed, held):
@@ -301,6 +320,7 @@ class CompactionPlanner:
             tracked.generation,
             tracked.target.settings.protect,
             tracked.target.settings.own,
+            self._sentences(request, tracked.target.settings.own, computed),
         )
         self.manager.compacted[request_id] = full - keep
         return tracked.pending
