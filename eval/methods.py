@@ -125,8 +125,8 @@ METHODS: dict[str, Method] = {
         Method("uniform", "the default's scores, equal budgets", {"policy": "uniform"}),
         Method(
             "ema",
-            "the default's scores, also handed on over the ends of sentences",
-            {"policy": "adakv", "pooling_kind": "ema"},
+            "the default's scores, handed on by tokens, over the ends of sentences too",
+            {"policy": "adakv", "pooling_kind": "ema", "pooling": 16},
         ),
         Method(
             "by-score",

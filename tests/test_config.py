@@ -24,7 +24,7 @@ def test_defaults() -> None:
     config = UncompConfig(keep=0.25)
     assert (config.policy, config.policy_name, config.uses_entropy) == ("adakv", "adakv", False)
     assert (config.window, config.window_reduce, config.sinks) == (32, "max", 4)
-    assert (config.pooling, config.pooling_kind) == (16, "sentence")
+    assert (config.pooling, config.pooling_kind) == (4, "word")
     assert config.to_dict() == {"keep": 0.25}
 
 

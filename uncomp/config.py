@@ -14,7 +14,7 @@ from typing import Any
 MEASURES = ("raw", "renormalized", "full")
 SOURCES = ("keys", "queries")
 REDUCTIONS = ("sum", "max")
-POOLINGS = ("max", "ema", "sentence")
+POOLINGS = ("max", "ema", "word")
 PREFILL_SCORES = ("handed-on", "attention")
 SHARES = ("policy", "calibrated", "pyramid")
 #: shares -> `floor` where it is not given
@@ -90,15 +90,15 @@ class UncompConfig:
     )
     sinks: int = field(default=4, metadata=_meta("first tokens that always stay"))
     pooling: int = field(
-        default=16,
-        metadata=_meta("how far a score reaches, in tokens; see pooling_kind"),
+        default=4,
+        metadata=_meta("how far a score reaches, in words or tokens; see pooling_kind"),
     )
     pooling_kind: str = field(
-        default="sentence",
+        default="word",
         metadata=_meta(
-            "sentence: a score reaches the tokens after it, falling by e every `pooling` of them, "
-            "and those before it half as far, up to the ends of its sentence or line; ema: over "
-            "these, too; max: the largest of `pooling` neighbours (odd; 1: none)"
+            "word: a score reaches the words after it, falling by e every `pooling` of them, and "
+            "those before it half as far, inside its sentence or line; ema: the same in tokens, "
+            "not minding sentences; max: the largest of `pooling` neighbours (odd; 1: none)"
         ),
     )
     reduce: str = field(

@@ -86,11 +86,11 @@ def needs_queries(config: UncompConfig) -> bool:
     return policies.get(config.policy_name).needs_queries
 
 
-def needs_sentences(config: UncompConfig) -> bool:
-    """Whether it has to be known where the sentences of a request begin."""
+def needs_words(config: UncompConfig) -> bool:
+    """Whether it has to be known where the words and sentences of a request begin."""
     from uncomp import policies
 
-    return config.pooling_kind == "sentence" and policies.get(config.policy_name).pool_scores
+    return config.pooling_kind == "word" and policies.get(config.policy_name).pool_scores
 
 
 def _check_queries(config: UncompConfig, server: UncompConfig) -> None:

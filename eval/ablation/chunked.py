@@ -27,6 +27,7 @@ from uncomp.eval.tasks import registry
 from uncomp.eval.tasks.base import Sample, Wanted
 from uncomp.eval.tasks.scorers import score
 from uncomp.pruning import CHOICES, WIDEST, Choice, Schedule, choose_tokens, parse_layers
+from uncomp.spans import Vocabulary, places
 
 _NAME = "uncomp_chunked"
 #: as in the engine
@@ -59,6 +60,8 @@ class PrunedReader:
         self.held: list[_Layer] = []
         self._at = torch.zeros(0, dtype=torch.int64)
         self._scale = 0.0
+        self._places = torch.zeros(0, dtype=torch.int32)
+        self._vocabulary: Vocabulary | None = None
 
     @torch.inference_mode()
     def read(
@@ -77,12 +80,16 @@ class PrunedReader:
             `[vocabulary]`, logits after the prompt.
         """
         self.held = [_Layer() for _ in range(self.layers)]
+        if choice.pooling_kind == "word":
+            self._vocabulary = self._vocabulary or Vocabulary.of(self.tokenizer)
+            gaps = self._vocabulary.gaps(ids).tobytes()
+            self._places = torch.from_numpy(places(gaps, len(ids)))
         size = chunk or len(ids)
-        starts = list(range(0, len(ids), size))
-        if len(starts) > 1 and len(ids) - starts[-1] < size / 2:
-            starts.pop()
+        chunks = list(range(0, len(ids), size))
+        if len(chunks) > 1 and len(ids) - chunks[-1] < size / 2:
+            chunks.pop()
         logits = torch.zeros(0)
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        for start, end in zip(chunks, [*chunks[1:], len(ids)], strict=True):
             logits = self._pass(ids[start:end], start, (schedule, keep, choice))[0]
         return logits
 
@@ -150,7 +157,8 @@ class PrunedReader:
         at = self._at
         count = queries.shape[2]
         scores = choice.scores(queries, before.keys[-1], at[-count:], at, self._scale)
-        return choose_tokens(scores, at < _SINKS, _RECENT, keep, choice)
+        stand = self._places[at] if choice.pooling_kind == "word" else None
+        return choose_tokens(scores, at < _SINKS, _RECENT, keep, choice, stand)
 
     def _attend(
         self,

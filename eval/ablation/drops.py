@@ -74,17 +74,19 @@ def variants(
 ) -> Iterator[tuple[str, Schedule, float, Choice]]:
     """Schedules of one cost, and other ways to choose at the drops that are tried."""
     default, published = CHOICES["handed-on"], CHOICES["attention"]
+    by_words = replace(default, pooling_kind="word", pooling=4)
     keep = keep_for(cost, stages, layers)
     if keep is not None:
         schedule = Schedule(tuple(stages), layers)
         yield "stages", schedule, keep, default
         yield "stages, published scores", schedule, keep, published
+        yield "stages, by words", schedule, keep, by_words
     for layer in single:
         keep = keep_for(cost, (layer,), layers)
         if keep is not None:
             schedule = Schedule((layer,), layers)
             yield f"layer {layer}", schedule, keep, default
-            yield f"layer {layer}, 8 queries", schedule, keep, replace(default, queries=8)
+            yield f"layer {layer}, by words", schedule, keep, by_words
 
 
 def _rows(

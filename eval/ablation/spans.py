@@ -19,7 +19,7 @@ from torch import Tensor
 from uncomp.eval.ablation import choose
 from uncomp.eval.ablation.replay import Reading, Replay
 from uncomp.eval.ablation.shared import Named, both, entropy, once, ranked, value_norm, windows
-from uncomp.sentences import Sentences
+from uncomp.spans import SENTENCE, Vocabulary
 
 
 def words(texts: list[str]) -> Tensor:
@@ -82,10 +82,8 @@ def spans(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iter
 
 def begun(replay: Replay, reading: Reading) -> Tensor:
     """`[N]` bool: whether a token is the first of a line or of a sentence, as in the engine."""
-    starts = once("starts", lambda: _vocabulary(replay.tokenizer).starts(reading.ids))
-    found = torch.zeros(reading.tokens, dtype=torch.bool)
-    found[torch.from_numpy(starts).long()] = True
-    return found
+    gaps = once("gaps", lambda: _vocabulary(replay.tokenizer).gaps(reading.ids))
+    return torch.from_numpy(gaps) == SENTENCE
 
 
 def cut(gaps: Tensor, starts: Tensor) -> Tensor:
@@ -116,8 +114,8 @@ def _running(raw: Tensor, factors: Tensor) -> Tensor:
 
 
 @functools.cache
-def _vocabulary(tokenizer: Any) -> Sentences:
-    return Sentences.of(tokenizer)
+def _vocabulary(tokenizer: Any) -> Vocabulary:
+    return Vocabulary.of(tokenizer)
 
 
 def _texts(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:

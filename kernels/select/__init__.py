@@ -1,5 +1,25 @@
 """Pooling of scores and the choice of the entries that stay."""
 
-from .naive import POOLINGS, Pooling, ema_pool, max_pool, pool_scores, reach, top_entries
+from .naive import (
+    BREAK,
+    POOLINGS,
+    UNIT,
+    Pooling,
+    ema_pool,
+    max_pool,
+    pool_scores,
+    reach,
+    top_entries,
+)
 
-__all__ = ["POOLINGS", "Pooling", "ema_pool", "max_pool", "pool_scores", "reach", "top_entries"]
+__all__ = [
+    "BREAK",
+    "POOLINGS",
+    "UNIT",
+    "Pooling",
+    "ema_pool",
+    "max_pool",
+    "pool_scores",
+    "reach",
+    "top_entries",
+]

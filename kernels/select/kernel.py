@@ -102,13 +102,13 @@ def pool_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def sentences_kernel(
-    sentences_ptr, out_ptr,
+def places_kernel(
+    places_ptr, out_ptr,
     blocks_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, positions_ptr,
     num_rows, num_slots, num_blocks, entries, width, stride_row, first_layer,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sentence of every entry, from that of every position. Grid (L R H, tiles of entries)."""
+    """Place of every entry, from that of every position. Grid (L R H, tiles of entries)."""
     layer, row, head, count, offset, first, full, length, n = head_of_program(
         lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, num_rows, num_slots,
         HEADS, BLOCK_SIZE,
@@ -127,23 +127,23 @@ def sentences_kernel(
     position = tl.load(positions_ptr + at, mask=kept, other=0)
     position = tl.where(kept, position, length - n + entry)
     known = (entry < n) & (position < width)
-    found = tl.load(sentences_ptr + row.to(tl.int64) * width + position, mask=known, other=0)
+    found = tl.load(places_ptr + row.to(tl.int64) * width + position, mask=known, other=0)
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * entries + entry, found, mask=entry < n)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "window"])
 def ema_kernel(
-    raw_ptr, out_ptr, sentences_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr,
+    raw_ptr, out_ptr, places_ptr, lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr,
     num_rows, num_slots, entries, window,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, AFTER: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER_RATE: tl.constexpr, BEFORE_RATE: tl.constexpr, SENTENCES: tl.constexpr,
-    TILE: tl.constexpr,
+    AFTER_RATE: tl.constexpr, BEFORE_RATE: tl.constexpr, APART: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Exponential moving average to both sides. Grid (L R H, tiles of entries).
 
     A score reaches AFTER entries on and BEFORE back, its own included; rates are binary logarithms
-    a step. What is farther away, and smaller, is added first. SENTENCES: only entries of the same
-    one (`sentences_ptr` is like `raw_ptr`, and not read otherwise).
+    a step. What is farther away, and smaller, is added first. APART: steps are between places
+    (`places_ptr` is like `raw_ptr`, and not read otherwise), and fewer than APART; 0: between
+    entries.
     """
     _layer, _row, _head, _count, _offset, _first, _full, _length, n = head_of_program(
         lengths_ptr, slots_ptr, counts_ptr, offsets_ptr, spans_ptr, num_rows, num_slots,
@@ -157,27 +157,32 @@ def ema_kernel(
     entry = start + tl.arange(0, TILE)
     raw_ptr += tl.program_id(0).to(tl.int64) * entries
     out_ptr += tl.program_id(0).to(tl.int64) * entries
-    sentences_ptr += tl.program_id(0).to(tl.int64) * entries
+    places_ptr += tl.program_id(0).to(tl.int64) * entries
     own = entry * 0
-    if SENTENCES:
-        own = tl.load(sentences_ptr + entry, mask=entry < limit, other=0)
+    pooled = entry < limit
+    if APART > 0:
+        own = tl.load(places_ptr + entry, mask=pooled, other=0)
     total = tl.zeros((TILE,), tl.float32)
     for step in range(1, BEFORE):
         near = entry + BEFORE - step
-        within = near < limit
-        if SENTENCES:
-            within &= tl.load(sentences_ptr + near, mask=within, other=0) == own
+        within = (near < limit) & pooled
+        far = near - entry
+        if APART > 0:
+            far = tl.where(within, tl.load(places_ptr + near, mask=within, other=0) - own, 0)
+            within &= far < APART
         score = tl.load(raw_ptr + near, mask=within, other=0.0)
-        total += score * tl.exp2(BEFORE_RATE * (entry - near).to(tl.float32))
+        total += score * tl.exp2(-BEFORE_RATE * far.to(tl.float32))
     ahead = tl.zeros((TILE,), tl.float32)
     for step in range(1, AFTER + 1):
         near = entry - AFTER + step
-        within = (near >= 0) & (near < limit)
-        if SENTENCES:
-            within &= tl.load(sentences_ptr + near, mask=within, other=0) == own
+        within = (near >= 0) & (near < limit) & pooled
+        far = entry - near
+        if APART > 0:
+            far = tl.where(within, own - tl.load(places_ptr + near, mask=within, other=0), 0)
+            within &= far < APART
         score = tl.load(raw_ptr + near, mask=within, other=0.0)
-        ahead += score * tl.exp2(AFTER_RATE * (near - entry).to(tl.float32))
-    total = tl.where(entry < limit, total + ahead, float("-inf"))
+        ahead += score * tl.exp2(-AFTER_RATE * far.to(tl.float32))
+    total = tl.where(pooled, total + ahead, float("-inf"))
     tl.store(out_ptr + entry, total, mask=entry < n)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from uncomp.kernels.paged import Holdings, Rows
 from uncomp.kernels.variant import Config
 
-from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel, sentences_kernel
-from .naive import POOLINGS, Pooling, before_length, reach
+from .kernel import choose_kernel, ema_kernel, limits_kernel, places_kernel, pool_kernel
+from .naive import BREAK, POOLINGS, UNIT, Pooling, before_length, reach
 
 #: entries of a step of `limits` and `choose`; the first is the default, the others are timed by
 #: the GPU benchmark
@@ -104,11 +104,11 @@ def limits(
     return eligible, forced
 
 
-def entry_sentences(sentences: Tensor, terms: Terms, out: Tensor) -> Tensor:
-    """The sentence of every entry, from that of every position.
+def entry_places(places: Tensor, terms: Terms, out: Tensor) -> Tensor:
+    """The place of every entry, from that of every position.
 
     Args:
-        sentences: `[R, P]` int32, contiguous: number of the sentence at every position.
+        places: `[R, P]` int32, contiguous: where every position stands, see `naive.ema_pool`.
         out: `[L, R, H, N]` int32, contiguous, written up to the entries of every head; those of
             positions from P on get 0.
 
@@ -118,11 +118,11 @@ def entry_sentences(sentences: Tensor, terms: Terms, out: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    name = "entry_sentences"
+    name = "entry_places"
     _check_terms(name, terms)
     layers, requests, heads = terms.shape
-    positions = sentences.shape[1] if sentences.dim() == 2 else -1
-    _check(name, "sentences", sentences, (requests, positions), terms.positions.device)
+    positions = places.shape[1] if places.dim() == 2 else -1
+    _check(name, "places", places, (requests, positions), terms.positions.device)
     entries = out.shape[3] if out.dim() == 4 else -1
     _check(name, "out", out, (layers, requests, heads, entries), terms.positions.device)
     if out.numel() == 0:
@@ -130,8 +130,8 @@ def entry_sentences(sentences: Tensor, terms: Terms, out: Tensor) -> Tensor:
     config = POOL_CONFIGS[0]
     rows, holdings = terms.rows, terms.holdings
     grid = (layers * requests * heads, triton.cdiv(entries, config.meta["TILE"]))
-    sentences_kernel[grid](
-        sentences, out,
+    places_kernel[grid](
+        places, out,
         rows.blocks, rows.lengths, rows.slots, holdings.counts, holdings.offsets, holdings.spans,
         terms.positions, requests, holdings.slots, terms.positions.shape[1], entries, positions,
         rows.blocks.stride(0), holdings.start,
@@ -147,7 +147,7 @@ def pool(
     width: int,
     out: Tensor,
     kind: Pooling = "max",
-    sentences: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """`naive.pool_scores` with the recent window left out.
 
@@ -156,15 +156,15 @@ def pool(
         width: "max": odd number of entries, 1 only leaves out the window; otherwise the length.
         out: like `raw`, another tensor; entries of a head are written (-inf in the window),
             nothing beyond them is.
-        kind: "max", "ema" or "sentence".
-        sentences: `[L, R, H, N]` int32, contiguous, not falling along N; read for "sentence" only.
+        kind: "max", "ema" or "word".
+        places: `[L, R, H, N]` int32, contiguous, not falling along N; read for "word" only.
 
     Returns:
         `out`. A neighbourhood with NaN is NaN.
 
     Raises:
-        ValueError: `width` not a positive odd number ("ema", "sentence": below 1), an unknown kind,
-            no sentences where they are needed, `out` the same memory as `raw`, or shapes, dtypes or
+        ValueError: `width` not a positive odd number ("ema", "word": below 1), an unknown kind, no
+            places where they are needed, `out` the same memory as `raw`, or shapes, dtypes or
             devices that do not fit.
     """
     name = "pool"
@@ -176,10 +176,10 @@ def pool(
         )
     _check_terms(name, terms)
     _check_scores(name, terms, {"raw": raw, "out": out})
-    if kind == "sentence":
-        if sentences is None:
-            raise ValueError(f"{name}: kind 'sentence' needs the sentence of every entry")
-        _check(name, "sentences", sentences, tuple(raw.shape), raw.device)
+    if kind == "word":
+        if places is None:
+            raise ValueError(f"{name}: kind 'word' needs the place of every entry")
+        _check(name, "places", places, tuple(raw.shape), raw.device)
     if raw.numel() == 0:
         return out
     if raw.data_ptr() == out.data_ptr():
@@ -195,19 +195,20 @@ def pool(
     if kind == "max":
         pool_kernel[grid](raw, out, *table, *numbers, WIDTH=width, **constants, **options)
     else:
-        inside = sentences if kind == "sentence" and sentences is not None else rows.lengths
-        compiled = ema_constants(width, kind == "sentence")
-        ema_kernel[grid](raw, out, inside, *table, *numbers, **compiled, **constants, **options)
+        given = places if kind == "word" and places is not None else rows.lengths
+        compiled = ema_constants(width, kind == "word")
+        ema_kernel[grid](raw, out, given, *table, *numbers, **compiled, **constants, **options)
     return out
 
 
-def ema_constants(length: int, sentences: bool = False) -> dict[str, int | float]:
+def ema_constants(length: int, by_place: bool = False) -> dict[str, int | float]:
     """What `ema_kernel` is compiled for."""
     before = before_length(length)
+    rate = math.log2(math.e) / (UNIT if by_place else 1)
     return {
-        "AFTER": reach(length), "AFTER_RATE": math.log2(math.e) / length,
-        "BEFORE": reach(before), "BEFORE_RATE": math.log2(math.e) / before,
-        "SENTENCES": sentences,
+        "AFTER": reach(length, by_place), "AFTER_RATE": rate / length,
+        "BEFORE": reach(before, by_place), "BEFORE_RATE": rate / before,
+        "APART": BREAK if by_place else 0,
     }  # fmt: skip
 
 

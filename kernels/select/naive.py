@@ -10,8 +10,15 @@ from torch import Tensor
 
 LOWEST = float("-inf")
 
-Pooling = Literal["max", "ema", "sentence"]
+Pooling = Literal["max", "ema", "word"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+#: places from word to word; from token to token of a word it is one
+UNIT = 16
+#: entries that stand so many places apart hand nothing on to each other, see `ema_pool`
+BREAK = 1 << 14
+#: tokens that a word has at most, on average, for the entries that a score reaches
+_LONG_WORD = 4
 
 
 def pool_scores(
@@ -19,23 +26,23 @@ def pool_scores(
     width: int,
     kind: Pooling,
     limit: Tensor | None = None,
-    sentences: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """How a score reaches the entries around it: `max_pool`, or `ema_pool` with this length.
 
     Args:
-        kind: "sentence" is `ema_pool` inside `sentences`; the others do not look at them.
+        kind: "word" is `ema_pool` by `places`; the others do not look at them.
 
     Raises:
-        ValueError: an unknown kind, "sentence" without sentences, and what these two reject.
+        ValueError: an unknown kind, "word" without places, and what these two reject.
     """
     if kind not in POOLINGS:
         raise ValueError(f"pool_scores: kind must be one of {list(POOLINGS)}, got {kind!r}")
     if kind == "max":
         return max_pool(raw, width, limit)
-    if kind == "sentence" and sentences is None:
-        raise ValueError("pool_scores: kind 'sentence' needs the sentence of every entry")
-    return ema_pool(raw, width, limit, sentences if kind == "sentence" else None)
+    if kind == "word" and places is None:
+        raise ValueError("pool_scores: kind 'word' needs the place of every entry")
+    return ema_pool(raw, width, limit, places if kind == "word" else None)
 
 
 def max_pool(raw: Tensor, width: int, limit: Tensor | None = None) -> Tensor:
@@ -64,29 +71,30 @@ def max_pool(raw: Tensor, width: int, limit: Tensor | None = None) -> Tensor:
 
 
 def ema_pool(
-    raw: Tensor, length: int, limit: Tensor | None = None, sentences: Tensor | None = None
+    raw: Tensor, length: int, limit: Tensor | None = None, places: Tensor | None = None
 ) -> Tensor:
     """Exponential moving average to both sides, twice as far to the entries after a score.
 
     The window's queries find where something begins (a name, the word before a number); what has
     to be said stands after it, and what is named after its value a little before it. So the score
-    of entry i reaches entry j with the weight exp(-(j - i) / length) for j >= i and
-    exp(-(i - j) / before), before = max(1, length / 2), otherwise. Not divided by the sum of the
-    weights, because only the order counts.
+    of entry i reaches entry j with the weight exp(-d / length) for j >= i and exp(-d / before),
+    before = max(1, length / 2), otherwise. Not divided by the sum of the weights, because only the
+    order counts.
 
-    Scores stay inside their sentence, where sentences are given: what is found in one says little
-    about the next, and next to a name there is often the line of another (docs/quality.md).
+    The distance d is |j - i| entries, or |places[j] - places[i]| / UNIT where places are given: in
+    words, so that a number counts about once however many tokens it has. From BREAK places on
+    nothing is handed on: what is found in one sentence says little about the next
+    (docs/quality.md). Tokens of a word are a little apart, so that they do not tie.
 
-    Weights end where they are below exp(-4): of `reach(length)` entries, the own one included, and
-    of `reach(before)`.
+    Weights end where they are below exp(-4), after `reach(length)` entries, the own one included,
+    and before `reach(before)`; by places after four times as many entries.
 
     Args:
         raw: `[H, N]` float scores, finite below `limit` (probabilities are); may be anything, NaN
             included, from there on.
-        length: entries after which a score has fallen by e, at least 1.
+        length: after which a score has fallen by e, at least 1.
         limit: `[H]` int64; only entries below `limit[h]` take part. None: all.
-        sentences: `[H, N]` integers, not falling along N: number of the sentence of every entry.
-            None: one.
+        places: `[H, N]` integers, not falling along N below the limit. None: one after the other.
 
     Returns:
         `[H, N]`, dtype of `raw`; -inf from `limit` on.
@@ -97,42 +105,48 @@ def ema_pool(
     if length < 1:
         raise ValueError(f"ema_pool: length must be at least 1, got {length}")
     inside = _inside("ema_pool", raw, limit)
-    if sentences is not None and sentences.shape != raw.shape:
+    if places is not None and places.shape != raw.shape:
         raise ValueError(
-            f"ema_pool needs sentences like raw {list(raw.shape)}, got {list(sentences.shape)}"
+            f"ema_pool needs places like raw {list(raw.shape)}, got {list(places.shape)}"
         )
     if raw.numel() == 0:
         return raw
     if inside is not None:
         raw = raw.masked_fill(~inside, 0.0)
-    after = _trail(raw, length, sentences)
-    turned = None if sentences is None else sentences.flip(1)
+    after = _trail(raw, length, places)
+    turned = None if places is None else -places.flip(1)
     before = _trail(raw.flip(1), before_length(length), turned).flip(1)
     pooled = after + before - raw
     return pooled if inside is None else pooled.masked_fill(~inside, LOWEST)
 
 
 def before_length(length: int) -> float:
-    """Entries before which a score has fallen by e, see `ema_pool`."""
+    """Before which a score has fallen by e, see `ema_pool`."""
     return max(1.0, length / 2)
 
 
-def reach(length: float) -> int:
+def reach(length: float, by_place: bool = False) -> int:
     """Entries that a score reaches to one side, its own included: a power of two."""
-    return 1 << math.ceil(math.log2(4 * length))
+    entries = 4 * length * (_LONG_WORD if by_place else 1)
+    return 1 << math.ceil(math.log2(entries))
 
 
-def _trail(raw: Tensor, length: float, sentences: Tensor | None) -> Tensor:
-    """Sum over t < reach(length) of exp(-t / length) times the score t entries before, as long as
-    these are of the same sentence."""
-    out, step = raw, 1
-    while step < reach(length):  # what 1, 2, 4, ... entries have summed up so far
-        if step >= raw.shape[1]:
-            break
+def _trail(raw: Tensor, length: float, places: Tensor | None) -> Tensor:
+    """Sum over t < reach of exp(-d / length) times the score t entries before, d apart."""
+    out, step, count = raw, 1, raw.shape[1]
+    while step < min(reach(length, places is not None), count):
+        # What 1, 2, 4, ... entries have summed up so far.
         moved = F.pad(out[:, :-step], (step, 0))
-        if sentences is not None:
-            moved[:, step:] *= sentences[:, step:] == sentences[:, :-step]
-        out = out + moved * math.exp(-step / length)
+        if places is None:
+            moved = moved * math.exp(-step / length)
+        else:
+            # Below 0 only beyond the limit, where scores are 0 and places may be anything.
+            apart = places[:, step:] - places[:, : count - step]
+            weight = torch.exp(-apart.clamp_min(0).to(raw.dtype) / (UNIT * length)).masked_fill(
+                apart >= BREAK, 0.0
+            )
+            moved[:, step:] *= weight
+        out = out + moved
         step *= 2
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uncomp.kernels.variant import Config, Variant
 
-from .kernel import choose_kernel, ema_kernel, limits_kernel, pool_kernel, sentences_kernel
+from .kernel import choose_kernel, ema_kernel, limits_kernel, places_kernel, pool_kernel
 from .launch import CONFIGS, POOL_CONFIGS, ema_constants
 
 _HELD = dict.fromkeys(
@@ -21,7 +21,7 @@ _TERMS = {
         "i32",
     ),
 }
-_NOT_OF_SENTENCES = ("full_ptr", "protect_ptr", "num_spans", "sinks", "window")
+_NOT_OF_PLACES = ("full_ptr", "protect_ptr", "num_spans", "sinks", "window")
 _SCORES = {"raw_ptr": "*fp32", "entries": "i32"}
 
 
@@ -50,20 +50,20 @@ def _pool(width: int) -> Variant:
     return Variant(f"pool width={width}", pool_kernel, _POOLED, constants, POOL_CONFIGS[0])
 
 
-def _ema(length: int, sentences: bool = False) -> Variant:
-    constants = {**_constants(8, 16), **ema_constants(length, sentences)}
-    name = f"ema length={length}" + " sentences" * sentences
-    signature = {**_POOLED, "sentences_ptr": "*i32"}
+def _ema(length: int, by_place: bool = False) -> Variant:
+    constants = {**_constants(8, 16), **ema_constants(length, by_place)}
+    name = f"ema length={length}" + " by place" * by_place
+    signature = {**_POOLED, "places_ptr": "*i32"}
     return Variant(name, ema_kernel, signature, constants, POOL_CONFIGS[0])
 
 
-def _sentences(shared: bool) -> Variant:
-    terms = {k: v for k, v in _TERMS.items() if k not in _NOT_OF_SENTENCES}
-    signature = {**terms, "sentences_ptr": "*i32", "out_ptr": "*i32", "entries": "i32"}
-    signature["width"] = "i32"
+def _places(shared: bool) -> Variant:
+    terms = {k: v for k, v in _TERMS.items() if k not in _NOT_OF_PLACES}
+    signature = {**terms, "places_ptr": "*i32", "out_ptr": "*i32", "entries": "i32", "width": "i32"}
     constants = {**_constants(8, 16), "SHARED": shared}
-    name = "sentences" + " shared" * shared
-    return Variant(name, sentences_kernel, signature, constants, POOL_CONFIGS[0])
+    return Variant(
+        "places" + " shared" * shared, places_kernel, signature, constants, POOL_CONFIGS[0]
+    )
 
 
 def _choose(config: Config, heads: int = 8, block_size: int = 16, shared: bool = False) -> Variant:
@@ -88,9 +88,9 @@ VARIANTS: list[Variant] = [
     _pool(1),
     _pool(7),
     _ema(16),
-    _ema(16, sentences=True),
-    _sentences(False),
-    _sentences(True),
+    _ema(4, by_place=True),
+    _places(False),
+    _places(True),
     *(_choose(config) for config in CONFIGS),
     _choose(CONFIGS[0], heads=5, block_size=64),
 ]

@@ -6,7 +6,6 @@ import math
 import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,9 @@ from uncomp.engine.state import CompressedRequests
 from uncomp.importance import Importance, deal
 from uncomp.kernels.entropy import spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
+from uncomp.kernels.select import BREAK, UNIT
 from uncomp.policies import LayerView
+from uncomp.spans import SENTENCE
 
 BLOCKS, LAYERS, HEADS, GROUP, SIZE, DIM = 40, 2, 3, 2, 4, 6
 Head = list[tuple[int, Tensor, Tensor]]  # position, key, value, in cache order
@@ -100,10 +101,8 @@ class Bench:
             free = [b for b in range(1, BLOCKS) if b not in self.row]
             kept = [self.random.choice([b, free.pop()]) for b in kept]
         generation = slot.generation + 1 if slot else 1
-        starts = np.array([p for p in range(1, self.tokens) if p % 11 == 5 or p == 14], np.int32)
-        return Order(
-            "r", self.tokens, full, tuple(kept), generation, protect, None, starts.tobytes()
-        )
+        gaps = [SENTENCE if p % 11 == 5 else p % 3 % 2 for p in range(self.tokens)]
+        return Order("r", self.tokens, full, tuple(kept), generation, protect, None, bytes(gaps))
 
     def run(self, order: Order) -> None:
         """Compact, and compare everything with the reference."""
@@ -174,8 +173,10 @@ class Bench:
         for h, head in enumerate(heads):
             forced.append(set())
             poolable = [e for e, (p, *_) in enumerate(head) if p < recent]
-            begun = np.frombuffer(order.sentences, np.int32)
-            numbers = [int((begun <= p).sum()) for p, *_ in head]
+            stand = [p for p, *_ in head]
+            if self.config.pooling_kind == "word":
+                steps = [(1, UNIT, BREAK)[gap] for gap in order.gaps]
+                stand = [sum(steps[: p + 1]) for p in stand]
             for e, (position, *_) in enumerate(head):
                 inside = position < order.full_blocks * SIZE
                 eligible[h, e] = inside
@@ -186,10 +187,7 @@ class Bench:
                     if not self.policy.pool_scores:
                         pooled[h, e] = own[h][e]
                     elif e in poolable:
-                        near = poolable
-                        if self.config.pooling_kind == "sentence":
-                            near = [o for o in poolable if numbers[o] == numbers[e]]
-                        pooled[h, e] = self.pooled(own[h], e, near)
+                        pooled[h, e] = self.pooled(own[h], e, poolable, stand)
         pooled = parts[0] if len(parts) == 1 else self.in_turns(*parts, eligible)
         least = torch.tensor([-(-len(f) // SIZE) for f in forced])
         most = eligible.sum(1).long() // SIZE
@@ -241,16 +239,23 @@ class Bench:
                     result[h, e] = max(result[h, e].item(), -rank / part)
         return result
 
-    def pooled(self, raw: list[float], entry: int, poolable: list[int]) -> float:
-        length = self.config.pooling
-        if self.config.pooling_kind == "max":
+    def pooled(self, raw: list[float], entry: int, poolable: list[int], stand: list[int]) -> float:
+        length, kind = self.config.pooling, self.config.pooling_kind
+        if kind == "max":
             near = range(entry - length // 2, entry + length // 2 + 1)
             return max(raw[other] for other in near if other in poolable)
         total = 0.0
         for other in poolable:
-            far, fall = abs(entry - other), length if other <= entry else max(1.0, length / 2)
-            if far < 1 << math.ceil(math.log2(4 * fall)):
-                total += math.exp(-far / fall) * raw[other]
+            fall = length if other <= entry else max(1.0, length / 2)
+            far, last = abs(entry - other), 4 * fall
+            if far >= 1 << math.ceil(math.log2(4 * last if kind == "word" else last)):
+                continue
+            if kind == "word":
+                far = abs(stand[entry] - stand[other])
+                fall *= UNIT
+                if far >= BREAK:
+                    continue
+            total += math.exp(-far / fall) * raw[other]
         return total
 
     def view(self, order: Order, layer: int, queries: Tensor | None) -> LayerView:

@@ -38,6 +38,7 @@ from uncomp.engine.seat import QueryRing, Seat
 from uncomp.engine.settings import make_policy
 from uncomp.engine.state import CompressedRequests
 from uncomp.engine.worker import CompactingCPUWorker
+from uncomp.spans import SENTENCE
 
 Hook = Callable[[str], None]
 
@@ -83,7 +84,7 @@ class Simulation:
         self.planner: CompactionPlanner = self.scheduler._planner
         self.planner.wide_rows = setup.wide_rows
         self.planner.apart = setup.apart
-        self.planner.starts = sentence_starts
+        self.planner.gaps = token_gaps
         self.manager: CompressedManager = self.scheduler._manager
         self.pool = self.manager.block_pool
         self.config = self.planner.config
@@ -301,9 +302,10 @@ class Simulation:
             self.finished.add(request_id)
 
 
-def sentence_starts(ids: Sequence[int]) -> np.ndarray:
-    """Every token that is a multiple of 7 begins a sentence."""
-    return np.flatnonzero(np.asarray(ids) % 7 == 0).astype(np.int32)
+def token_gaps(ids: Sequence[int]) -> np.ndarray:
+    """Every token that is a multiple of 7 begins a sentence, other even ones a word."""
+    tokens = np.asarray(ids)
+    return np.where(tokens % 7 == 0, SENTENCE, tokens % 2 == 0).astype(np.uint8)
 
 
 def _vllm_config(setup: Setup) -> Any:

@@ -74,7 +74,7 @@ def test_what_stays_need_not_be_the_window(policy: str, recent: int) -> None:
 
 
 @pytest.mark.parametrize("policy", ["adakv", "uniform", "hybrid"])
-@pytest.mark.parametrize("kind", ["ema", "sentence"])
+@pytest.mark.parametrize("kind", ["ema", "word"])
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_scores_are_handed_on(policy: str, kind: str, length: int) -> None:
     given = config(policy=policy, pooling=length, pooling_kind=kind, window_reduce="sum")

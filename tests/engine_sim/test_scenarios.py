@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 from fake_runner import Shape
-from simulate import Setup, Simulation
+from simulate import Setup, Simulation, token_gaps
 
-from uncomp.engine.orders import ATTRIBUTE, PruningReceipt, Receipt, StepPlan, sentences_at
+from uncomp.engine.orders import ATTRIBUTE, PruningReceipt, Receipt, StepPlan
+from uncomp.kernels.select import BREAK, UNIT
+from uncomp.spans import places
 
 PROMPT = list(range(1, 11)) * 4  # 40 tokens, 10 blocks
 
@@ -296,9 +297,9 @@ def test_a_later_compaction_apart_writes_to_blocks_that_hold_nothing(lag: int) -
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_orders_say_where_sentences_begin(lag: int) -> None:
+def test_orders_say_what_tokens_begin(lag: int) -> None:
     """All but sampled tokens that are still on their way, which are among the last ones."""
-    sim = simulation(lag, pooling_kind="sentence", pooling=3, recompact_every=8)
+    sim = simulation(lag, pooling_kind="word", pooling=3, recompact_every=8)
     sim.add("a", PROMPT, 40)
     request, orders = sim.requests["a"], {}
     while sim.scheduler.has_requests() or sim.in_flight:
@@ -311,19 +312,20 @@ def test_orders_say_where_sentences_begin(lag: int) -> None:
     assert len(orders) > 2
     tokens = list(request.all_token_ids)
     for order in orders.values():
-        expected = [p for p in range(order.num_tokens) if tokens[p] % 7 == 0]
-        told = np.frombuffer(order.sentences, np.int32).tolist()
+        expected = token_gaps(tokens[: order.num_tokens]).tolist()
+        told = list(order.gaps)
         assert told == expected[: len(told)]
-        assert all(p >= order.num_tokens - 1 - lag for p in expected[len(told) :])
-        numbers = sentences_at(order.sentences, order.num_tokens)
-        assert numbers.tolist() == [sum(s <= p for s in told) for p in range(order.num_tokens)]
+        assert order.num_tokens - len(told) <= lag
+        steps = [(1, UNIT, BREAK)[gap] for gap in told] + [1] * (order.num_tokens - len(told))
+        sums = [sum(steps[: p + 1]) for p in range(order.num_tokens)]
+        assert places(order.gaps, order.num_tokens).tolist() == sums
 
 
-def test_requests_that_need_sentences_are_served_without_compression() -> None:
+def test_requests_that_need_words_are_served_without_compression() -> None:
     """By an engine without a tokenizer, where the front end did not know."""
     sim = simulation(1, pooling_kind="ema")
-    sim.planner.starts = None
-    sim.add("a", PROMPT, 4, kv_settings='{"pooling_kind": "sentence"}')
+    sim.planner.gaps = None
+    sim.add("a", PROMPT, 4, kv_settings='{"pooling_kind": "word"}')
     sim.add("b", PROMPT[::-1], 4)
     compacted = set()
     while sim.scheduler.has_requests() or sim.in_flight:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from uncomp.kernels.select import ema_pool, max_pool, pool_scores, top_entries
+from uncomp.kernels.select import BREAK, ema_pool, max_pool, pool_scores, top_entries
 
 quick = settings(deadline=None, max_examples=150)
 LOWEST = float("-inf")
@@ -263,21 +263,31 @@ def test_moving_average_hands_a_score_on_twice_as_far_as_back() -> None:
     assert raw.sum() == 1.0
 
 
-@pytest.mark.parametrize("length", [1, 5, 16])
-@pytest.mark.parametrize("entries", [1, 7, 150])
-def test_inside_sentences_it_is_each_sentence_alone(length: int, entries: int) -> None:
+@pytest.mark.parametrize(("length", "after", "before"), [(1, 16, 16), (2, 32, 16), (5, 128, 64)])
+@pytest.mark.parametrize("entries", [1, 7, 300])
+def test_by_places_distances_are_those_of_the_places(
+    length: int, after: int, before: int, entries: int
+) -> None:
     torch.manual_seed(entries)
     raw = torch.rand(2, entries).double()
-    sentences = (torch.rand(2, entries) < 0.1).cumsum(1) * 3
+    steps = torch.randint(1, 30, (2, entries)) + BREAK * (torch.rand(2, entries) < 0.03)
     limit = torch.tensor([entries, entries // 2])
-    pooled = pool_scores(raw, length, "sentence", limit, sentences)
+    beyond = torch.arange(entries) >= limit[:, None]
+    places = steps.cumsum(1).masked_fill(beyond, -(2**30)).int()
+    pooled = pool_scores(raw.masked_fill(beyond, float("nan")), length, "word", limit, places)
     for head in range(2):
-        for number in sentences[head].unique():
-            at = (sentences[head] == number) & (torch.arange(entries) < limit[head])
-            alone = ema_pool(raw[head : head + 1, at], length)
-            # Float64, the same sums without the zeros between them.
-            torch.testing.assert_close(pooled[head : head + 1, at], alone, rtol=1e-13, atol=0)
-    assert (pooled[1, entries // 2 :] == LOWEST).all()
+        for j in range(entries):
+            if j >= limit[head]:
+                assert pooled[head, j] == LOWEST
+                continue
+            terms = []
+            for i in range(max(0, j - after + 1), min(int(limit[head]), j + before)):
+                far = abs(int(places[head, j] - places[head, i]))
+                fall = length if i <= j else max(1.0, length / 2)
+                if far < BREAK:
+                    terms.append(math.exp(-far / (16 * fall)) * float(raw[head, i]))
+            # Float64: a few roundings of numbers about 10.
+            assert float(pooled[head, j]) == pytest.approx(math.fsum(terms), rel=1e-13)
 
 
 def test_pooling_by_kind() -> None:
@@ -285,13 +295,13 @@ def test_pooling_by_kind() -> None:
     limit = torch.tensor([30, 12])
     assert pool_scores(raw, 5, "max", limit).equal(max_pool(raw, 5, limit))
     assert pool_scores(raw, 6, "ema", limit).equal(ema_pool(raw, 6, limit))
-    one = torch.zeros(2, 30, dtype=torch.int32)
-    assert pool_scores(raw, 6, "sentence", limit, one).equal(ema_pool(raw, 6, limit))
-    assert pool_scores(raw, 6, "ema", limit, one.cumsum(1)).equal(ema_pool(raw, 6, limit))
-    with pytest.raises(ValueError, match="needs the sentence of every entry"):
-        pool_scores(raw, 6, "sentence", limit)
-    with pytest.raises(ValueError, match=r"sentences like raw \[2, 30\], got \[2, 4\]"):
-        pool_scores(raw, 6, "sentence", limit, one[:, :4])
+    places = torch.arange(30, dtype=torch.int32).expand(2, -1)
+    assert pool_scores(raw, 6, "word", limit, places).equal(ema_pool(raw, 6, limit, places))
+    assert pool_scores(raw, 6, "ema", limit, places).equal(ema_pool(raw, 6, limit))
+    with pytest.raises(ValueError, match="needs the place of every entry"):
+        pool_scores(raw, 6, "word", limit)
+    with pytest.raises(ValueError, match=r"places like raw \[2, 30\], got \[2, 4\]"):
+        pool_scores(raw, 6, "word", limit, places[:, :4])
     with pytest.raises(ValueError, match="kind must be one of"):
         pool_scores(raw, 5, "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):

@@ -8,8 +8,8 @@ from paged_cases import Pruned, make_case
 from torch import Tensor
 
 from uncomp.kernels.paged import Holdings, Rows, head_lengths, sub_blocks
-from uncomp.kernels.select import launch, pool_scores, top_entries
-from uncomp.kernels.select.launch import Terms, choose, entry_sentences, limits, pool
+from uncomp.kernels.select import BREAK, launch, pool_scores, top_entries
+from uncomp.kernels.select.launch import Terms, choose, entry_places, limits, pool
 from uncomp.kernels.variant import Config
 
 LOWEST, NAN = float("-inf"), float("nan")
@@ -108,17 +108,17 @@ def deal(terms: Terms, eligible: Tensor, forced: Tensor) -> tuple[Tensor, Tensor
 
 
 def pooled_by_reference(
-    terms: Terms, raw: Tensor, width: int, kind: str = "max", sentences: Tensor | None = None
+    terms: Terms, raw: Tensor, width: int, kind: str = "max", places: Tensor | None = None
 ) -> Tensor:
-    """`sentences`: [R, P], of every position."""
+    """`places`: [R, P], of every position."""
     pooled = torch.full_like(raw, NAN)
     for layer, row in each(terms):
         positions, valid, _, _ = dense(terms, layer, row)
         limit = (valid.sum(1) - terms.window).clamp_min(0)
-        inside = None
-        if sentences is not None:
-            inside = sentences[row][positions.clamp(0, sentences.shape[1] - 1)]
-        part = pool_scores(raw[layer, row, :, : valid.shape[1]], width, kind, limit, inside)
+        at = None
+        if places is not None:
+            at = places[row][positions.clamp(0, places.shape[1] - 1)]
+        part = pool_scores(raw[layer, row, :, : valid.shape[1]], width, kind, limit, at)
         pooled[layer, row, :, : valid.shape[1]] = part.masked_fill(~valid, NAN)
     return pooled
 
@@ -216,37 +216,39 @@ def check_moving_average(length, lengths):
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("length", [1, 16])
+@pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("shared", [False, True], ids=["layer", "all-layers"])
-def test_moving_average_inside_sentences(length, shared, monkeypatch):
-    """Kept entries are of the sentence of their token, wherever they lie."""
+def test_moving_average_by_places(length, shared, monkeypatch):
+    """Kept entries stand where their token does, wherever they lie."""
     monkeypatch.setattr(launch, "POOL_CONFIGS", (Config({"TILE": 16}),))
     compacted = [None, (5, 9), None, (2, 8), Pruned(7, (0, 4, 2))]
     terms = make_terms(compacted=compacted, layers=3, shared=shared, window=4)
-    sentences = (torch.rand(len(LENGTHS), max(LENGTHS)) < 0.15).cumsum(1).int()
+    shape = len(LENGTHS), max(LENGTHS)
+    steps = torch.randint(1, 30, shape) + BREAK * (torch.rand(shape) < 0.1)
+    places = steps.cumsum(1).int()
     raw = scores(terms, "random").abs().clamp(1e-20, 1e20)
     found = torch.full(raw.shape, -5, dtype=torch.int32)
-    assert entry_sentences(sentences, terms, found) is found
+    assert entry_places(places, terms, found) is found
     for layer, row in each(terms):
         positions, valid, _, _ = dense(terms, layer, row)
         got = found[layer, row, :, : valid.shape[1]]
-        assert got[valid].equal(sentences[row][positions[valid]])
+        assert got[valid].equal(places[row][positions[valid]])
         assert (got[~valid] == -5).all()
     part = dataclasses.replace(
         terms, holdings=terms.holdings.part(1, 3), positions=terms.positions[1:]
     )
-    again = entry_sentences(sentences, part, torch.full_like(found[1:], -5))
+    again = entry_places(places, part, torch.full_like(found[1:], -5))
     assert again.equal(found[1:])
     out = torch.full_like(raw, NAN)
-    assert pool(raw, terms, length, out, "sentence", found) is out
-    expected = pooled_by_reference(terms, raw, length, "sentence", sentences)
+    assert pool(raw, terms, length, out, "word", found) is out
+    expected = pooled_by_reference(terms, raw, length, "word", places)
     # As in `check_moving_average`.
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=0, equal_nan=True)
 
 
-def test_positions_beyond_the_known_sentences_are_in_the_first():
+def test_positions_beyond_the_known_places_stand_at_the_first():
     terms = make_terms([20], [None])
-    found = entry_sentences(torch.full((1, 9), 4).int(), terms, torch.zeros(*terms.shape, 23).int())
+    found = entry_places(torch.full((1, 9), 4).int(), terms, torch.zeros(*terms.shape, 23).int())
     assert found[0, 0, 0].tolist() == [4] * 9 + [0] * 14
 
 
@@ -256,7 +258,7 @@ def test_positions_beyond_the_known_sentences_are_in_the_first():
         (4, "max", "positive odd"),
         (0, "ema", "positive number"),
         (3, "mean", "kind must"),
-        (3, "sentence", "needs the"),
+        (3, "word", "needs the"),
     ],
 )
 def test_pooling_refuses(width, kind, says):

@@ -11,7 +11,7 @@ from uncomp.config import UncompConfig
 from uncomp.engine.planner import NO_TOKENIZER
 from uncomp.engine.settings import requested
 from uncomp.request import RequestError, RequestSettings, request_settings
-from uncomp.request_policy import needs_sentences
+from uncomp.request_policy import needs_words
 
 #: settings of the engine that this front end was started for; see ``activate``
 _active: UncompConfig | None = None
@@ -53,7 +53,7 @@ def check_request(vllm_config: Any, request: Any) -> None:
     tokens = request.prompt_token_ids
     length = len(tokens) if tokens is not None else len(request.prompt_embeds)
     settings = _check(request.sampling_params.extra_args, config, length)
-    if vllm_config.model_config.skip_tokenizer_init and needs_sentences(settings.own or config):
+    if vllm_config.model_config.skip_tokenizer_init and needs_words(settings.own or config):
         raise Rejected(NO_TOKENIZER)
 
 

@@ -324,9 +324,9 @@ class Compactor:
             if self.policy.pool_scores:
                 limits = (bounds.valid & ~bounds.recent).sum(2).flatten()
                 kind = cast(Pooling, self.config.pooling_kind)
-                length, inside = self.config.pooling, bounds.sentences.flatten(0, 1)
+                length, at = self.config.pooling, bounds.places.flatten(0, 1)
                 parts = [
-                    pool_scores(one.flatten(0, 1), length, kind, limits, inside).view_as(one)
+                    pool_scores(one.flatten(0, 1), length, kind, limits, at).view_as(one)
                     for one in parts
                 ]
             pooled = self.policy.combine(parts, bounds.eligible)

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from uncomp.engine.calibrated import shares_layers
 from uncomp.engine.settings import requested
-from uncomp.request_policy import needs_sentences
+from uncomp.request_policy import needs_words
 
 
 def _prunes(config: VllmConfig) -> bool:
@@ -30,9 +30,9 @@ def _shares_layers(config: VllmConfig) -> bool:
     return asked is not None and shares_layers(asked)
 
 
-def _needs_sentences(config: VllmConfig) -> bool:
+def _needs_words(config: VllmConfig) -> bool:
     asked = requested(config)
-    return asked is not None and needs_sentences(asked)
+    return asked is not None and needs_words(asked)
 
 
 class ConflictError(ValueError):
@@ -159,10 +159,10 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda c: bool(c.model_config.use_mla),
     ),
     Conflict(
-        "pooling_kind='sentence' without a tokenizer",
-        "what tokens say shows where sentences begin",
+        "pooling_kind='word' without a tokenizer",
+        "what tokens say shows where words and sentences begin",
         "drop --skip-tokenizer-init or set --kv-pooling-kind ema",
-        lambda c: bool(c.model_config.skip_tokenizer_init) and _needs_sentences(c),
+        lambda c: bool(c.model_config.skip_tokenizer_init) and _needs_words(c),
     ),
 )
 

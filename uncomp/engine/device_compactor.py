@@ -32,7 +32,7 @@ from uncomp.kernels.entropy.launch import Scratch, spectral_entropy
 from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
 from uncomp.kernels.paged import Caches, Holdings, gather, stored_sub_blocks, sub_blocks
 from uncomp.kernels.select import Pooling
-from uncomp.kernels.select.launch import Terms, choose, entry_sentences, limits, pool
+from uncomp.kernels.select.launch import Terms, choose, entry_places, limits, pool
 from uncomp.kernels.window_scores.launch import window_scores_paged, workspace_size
 from uncomp.policies import LayerView, Policy
 from uncomp.policies.uniform import Uniform
@@ -174,7 +174,7 @@ class DeviceCompactor:
         sizes = (
             *[4 * heads * entries] * parts,  # raw scores
             *[4 * heads * entries] * parts,  # pooled scores
-            4 * heads * entries * (self.config.pooling_kind == "sentence"),
+            4 * heads * entries * (self.config.pooling_kind == "word"),  # places
             4 * requests * width,  # chosen
             4 * workspace_size(1, requests, query_heads, window, entries),
             8 * heads * caches.head_size**2,  # Gram and covariance; the latter is scratch later
@@ -237,13 +237,12 @@ class DeviceCompactor:
         else:
             if self.policy.pool_scores:
                 kind = cast(Pooling, config.pooling_kind)
-                inside = None
-                if kind == "sentence":
-                    inside = self.arena.take(raw.shape, torch.int32)
-                    entry_sentences(facts.sentences, terms, inside)
+                at = None
+                if kind == "word":
+                    at = entry_places(facts.places, terms, self.arena.take(raw.shape, torch.int32))
                 outs = [self.arena.take(raw.shape) for _ in scores]
                 for one, out in zip(scores, outs, strict=True):
-                    pool(one, terms, config.pooling, out, kind, inside)
+                    pool(one, terms, config.pooling, out, kind, at)
                 scores = outs
             mask = None
             by_score = self.policy.deals_by_score and given is None

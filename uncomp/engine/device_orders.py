@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from uncomp.engine.device_state import DeviceRequests, to_device
-from uncomp.engine.orders import Order, sentences_at
+from uncomp.engine.orders import Order
 from uncomp.kernels.paged import Caches, Rows
+from uncomp.spans import places
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Facts:
         kept: [R] int32, blocks that stay.
         kept_blocks: [R, n] int32.
         protect: [R, P, 2] int32.
-        sentences: [R, T] int32, number of the sentence at every position below T, at least the
-            longest sequence; no columns where no order has any.
+        places: [R, T] int32, where every position below T stands (`uncomp.spans.places`), T at
+            least the longest sequence; no columns where no order tells.
         stride: [R] int32, sampling of the entropy.
         queries: [layers, R, w, query heads, head size] or None.
     """
@@ -52,7 +53,7 @@ class Facts:
     kept: Tensor
     kept_blocks: Tensor
     protect: Tensor
-    sentences: Tensor
+    places: Tensor
     stride: Tensor
     queries: Tensor | None
 
@@ -94,19 +95,19 @@ def facts_of(
         numbers[3],
         to_device(blocks, torch.int32, device),
         to_device(protect, torch.int32, device).view(len(jobs), spans, 2),
-        _sentences(orders, device),
+        _places(orders, device),
         numbers[4],
         queries,
     )
 
 
-def _sentences(orders: list[Order], device: torch.device) -> Tensor:
-    longest = max((o.num_tokens for o in orders if o.sentences), default=0)
+def _places(orders: list[Order], device: torch.device) -> Tensor:
+    longest = max((o.num_tokens for o in orders if o.gaps), default=0)
     # Rounded up as in `widest`.
     numbers = np.zeros((len(orders), -(-longest // 64) * 64), dtype=np.int32)
     for row, order in enumerate(orders):
-        if order.sentences:
-            numbers[row, : order.num_tokens] = sentences_at(order.sentences, order.num_tokens)
+        if order.gaps:
+            numbers[row, : order.num_tokens] = places(order.gaps, order.num_tokens)
     return to_device(numbers, torch.int32, device)  # type: ignore[arg-type]
 
 

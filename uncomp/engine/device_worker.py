@@ -92,7 +92,7 @@ class DeviceWorker(CompactingWorker):
         """Enough for one layer of the longest request, whatever is kept of it."""
         heads = self.model_config.get_num_kv_heads(self.parallel_config)
         size = self.model_config.get_head_size()
-        # K, V and a position of every entry; two scores, the sentence and the choice; alignment.
+        # K, V and a position of every entry; two scores, the place and the choice; alignment.
         entry = 2 * size * 2 + 4 + 4 * 4
         longest = heads * self.model_config.max_model_len * entry
         statistics = heads * (16 * size * size + 64 * size)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from uncomp.config import UncompConfig
-from uncomp.engine.orders import Order, sentences_at
+from uncomp.engine.orders import Order
 from uncomp.engine.state import CompressedRequests
+from uncomp.spans import places
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ class Bounds:
         eligible: valid, and the choice is made from it (not the tail).
         forced: eligible, and stays in any case.
         recent: of the last tokens, which stay, or padding.
-        sentences: int32, number of the sentence; garbage where there is no token.
+        places: int32, for scores that are handed on, see `uncomp.spans.places`; garbage where there
+            is no token.
     """
 
     valid: Tensor
     eligible: Tensor
     forced: Tensor
     recent: Tensor
-    sentences: Tensor
+    places: Tensor
 
     @classmethod
     def of(cls, order: Order, held: Held, config: UncompConfig, block_size: int) -> Bounds:
@@ -59,8 +61,8 @@ class Bounds:
         for start, end in order.protect:
             forced |= eligible & (positions >= start) & (positions < end)
         last = order.num_tokens - 1
-        numbers = torch.from_numpy(sentences_at(order.sentences, order.num_tokens))
-        return cls(valid, eligible, forced, recent, numbers[positions.clamp(0, last)])
+        at = torch.from_numpy(places(order.gaps, order.num_tokens))
+        return cls(valid, eligible, forced, recent, at[positions.clamp(0, last)])
 
     def part(self, layers: slice) -> Bounds:
         return Bounds(
@@ -68,7 +70,7 @@ class Bounds:
             self.eligible[layers],
             self.forced[layers],
             self.recent[layers],
-            self.sentences[layers],
+            self.places[layers],
         )
 
     def minimum(self, block_size: int) -> Tensor:

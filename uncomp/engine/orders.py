@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from uncomp.config import UncompConfig
 
 ATTRIBUTE = "uncomp"
@@ -28,8 +25,7 @@ class Order:
         generation: 1 for the first compaction since the request was (re)scheduled, then 2, 3, ...
         protect: half-open spans of positions that must survive.
         own: settings of the request's own policy; ``None`` = the server's.
-        sentences: positions at which a sentence begins, ascending int32, see `sentences_at`; empty:
-            one sentence, or not asked for.
+        gaps: what every token begins, one byte each, see `uncomp.spans`; empty: not asked for.
     """
 
     request_id: str
@@ -39,7 +35,7 @@ class Order:
     generation: int
     protect: tuple[tuple[int, int], ...] = ()
     own: UncompConfig | None = None
-    sentences: bytes = b""
+    gaps: bytes = b""
 
     @property
     def first_kept(self) -> int:
@@ -62,20 +58,6 @@ class Order:
         return number
 
 
-def sentences_at(starts: bytes, tokens: int) -> npt.NDArray[np.int32]:
-    """Number of the sentence at every position.
-
-    Args:
-        starts: of an order or a pruning.
-
-    Returns:
-        `[tokens]`.
-    """
-    numbers = np.zeros(tokens, dtype=np.int32)
-    numbers[np.frombuffer(starts, dtype=np.int32)] = 1
-    return numbers.cumsum(dtype=np.int32)
-
-
 @dataclass(frozen=True)
 class Pruning:
     """Read one prompt, all of it in this step, with fewer tokens from stage to stage of layers.
@@ -86,7 +68,7 @@ class Pruning:
         kept: tokens that enter each stage after the first.
         protect: half-open spans of positions that go on in any case.
         own: settings of the request's own policy; ``None`` = the server's.
-        sentences: as in `Order`.
+        gaps: as in `Order`.
     """
 
     request_id: str
@@ -94,7 +76,7 @@ class Pruning:
     kept: tuple[int, ...]
     protect: tuple[tuple[int, int], ...] = ()
     own: UncompConfig | None = None
-    sentences: bytes = b""
+    gaps: bytes = b""
 
 
 @dataclass

@@ -20,12 +20,12 @@ from uncomp.engine.report import Report
 from uncomp.plan import Target
 from uncomp.pruning import WIDEST, Schedule, always_read
 from uncomp.request import RequestError, request_settings
-from uncomp.request_policy import needs_queries, needs_sentences
+from uncomp.request_policy import needs_queries, needs_words
 
 logger = logging.getLogger("vllm.uncomp")
 
 NO_TOKENIZER = (
-    "pooling_kind='sentence' needs to know what tokens say, and this engine runs without a "
+    "pooling_kind='word' needs to know what tokens say, and this engine runs without a "
     "tokenizer (skip_tokenizer_init): set pooling_kind to 'ema'"
 )
 
@@ -65,8 +65,8 @@ class CompactionPlanner:
         schedule: where prompt tokens leave; ``None``: prompts are not pruned.
         wide_rows: the worker attends to compressed rows of several tokens.
         apart: compactions after the first of a request write to blocks that hold nothing of it.
-        starts: finds the positions at which sentences begin among token ids; ``None``: it is not
-            known what the tokens say.
+        gaps: what every token begins (`uncomp.spans.Vocabulary.gaps`); ``None``: it is not known
+            what the tokens say.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CompactionPlanner:
         schedule: Schedule | None = None,
         wide_rows: bool = False,
         apart: bool = False,
-        starts: Callable[[Sequence[int]], Any] | None = None,
+        gaps: Callable[[Sequence[int]], Any] | None = None,
     ) -> None:
         self.config = config
         self.manager = manager
@@ -88,7 +88,7 @@ class CompactionPlanner:
         self.schedule = schedule
         self.wide_rows = wide_rows
         self.apart = apart
-        self.starts = starts
+        self.gaps = gaps
         self.tracked: dict[str, Tracked] = {}
 
     def admit(self, request: Any) -> None:
@@ -278,7 +278,7 @@ class CompactionPlanner:
     def _target_of(self, request: Any) -> Target:
         given = request.sampling_params.extra_args
         settings = request_settings(given, self.config, request.num_prompt_tokens)
-        if self.starts is None and needs_sentences(settings.own or self.config):
+        if self.gaps is None and needs_words(settings.own or self.config):
             raise RequestError(NO_TOKENIZER)
         return Target.of(settings, settings.own or self.config, self.block_size)
 
@@ -289,12 +289,12 @@ class CompactionPlanner:
             return None
         return tracked.report.facts()
 
-    def _sentences(self, request: Any, own: UncompConfig | None, tokens: int) -> bytes:
-        """Where sentences begin in a request, if its scores stay inside them."""
-        if self.starts is None or not needs_sentences(own or self.config):
+    def _gaps(self, request: Any, own: UncompConfig | None, tokens: int) -> bytes:
+        """What the tokens of a request begin, if its scores are handed on by words."""
+        if self.gaps is None or not needs_words(own or self.config):
             return b""
         # Sampled tokens that are still on their way are among the last ones, which stay anyway.
-        return self.starts(request.all_token_ids[:tokens]).tobytes()
+        return self.gaps(request.all_token_ids[:tokens]).tobytes()
 
     def _order(self, request: Any, tracked: Tracked, computed: int) -> Order | None:
         request_id = request.request_id
@@ -320,7 +320,7 @@ class CompactionPlanner:
             tracked.generation,
             tracked.target.settings.protect,
             tracked.target.settings.own,
-            self._sentences(request, tracked.target.settings.own, computed),
+            self._gaps(request, tracked.target.settings.own, computed),
         )
         self.manager.compacted[request_id] = full - keep
         return tracked.pending

@@ -14,8 +14,8 @@ from uncomp.engine.counters import Counters, counter_file
 from uncomp.engine.orders import ATTRIBUTE
 from uncomp.engine.planner import CompactionPlanner
 from uncomp.engine.settings import CPU_WORKER, engine_config
-from uncomp.engine.vocabulary import sentence_starts
-from uncomp.request_policy import needs_sentences
+from uncomp.engine.vocabulary import token_gaps
+from uncomp.request_policy import needs_words
 
 logger = logging.getLogger("vllm.uncomp")
 
@@ -57,7 +57,7 @@ class _Compacting(_Base):
             wide_rows=on_cpu,
             # Devices move one layer after the other, CPUs read all of them first.
             apart=shares_layers(config) and not on_cpu,
-            starts=sentence_starts(self.vllm_config.model_config, now=needs_sentences(config)),
+            gaps=token_gaps(self.vllm_config.model_config, now=needs_words(config)),
         )
         logger.info(
             "uncomp is active in the scheduler: policy=%s %s, window=%d, recent=%d, sinks=%d, "

@@ -1,4 +1,4 @@
-"""What the tokens of the served model say, for scores that stay inside sentences."""
+"""What the tokens of the served model say, for scores that are handed on from word to word."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import numpy.typing as npt
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from uncomp.sentences import Sentences
+from uncomp.spans import Vocabulary
 
-#: token ids -> positions at which sentences begin
-Starts = Callable[[Sequence[int]], npt.NDArray[Any]]
+#: token ids -> what every token begins
+Gaps = Callable[[Sequence[int]], npt.NDArray[Any]]
 
 
-def sentence_starts(model_config: Any, now: bool) -> Starts | None:
-    """Finds where sentences begin; ``None``: the engine runs without a tokenizer.
+def token_gaps(model_config: Any, now: bool) -> Gaps | None:
+    """`Vocabulary.gaps` of the model; ``None``: the engine runs without a tokenizer.
 
     Args:
         model_config: vLLM's.
@@ -26,9 +26,9 @@ def sentence_starts(model_config: Any, now: bool) -> Starts | None:
         return None
 
     @functools.cache
-    def vocabulary() -> Sentences:
-        return Sentences.of(cached_tokenizer_from_config(model_config))
+    def vocabulary() -> Vocabulary:
+        return Vocabulary.of(cached_tokenizer_from_config(model_config))
 
     if now:
         vocabulary()
-    return lambda ids: vocabulary().starts(ids)
+    return lambda ids: vocabulary().gaps(ids)

@@ -75,7 +75,14 @@ CHOICES: dict[str, Choice] = {
 WIDEST = max(choice.queries for choice in CHOICES.values())
 
 
-def choose_tokens(scores: Tensor, forced: Tensor, recent: int, keep: int, choice: Choice) -> Tensor:
+def choose_tokens(
+    scores: Tensor,
+    forced: Tensor,
+    recent: int,
+    keep: int,
+    choice: Choice,
+    places: Tensor | None = None,
+) -> Tensor:
     """The tokens that go on.
 
     Args:
@@ -84,6 +91,8 @@ def choose_tokens(scores: Tensor, forced: Tensor, recent: int, keep: int, choice
         recent: last tokens that stay in any case; their scores are not handed on.
         keep: how many stay, at most N.
         choice: says how scores are pooled.
+        places: `[N]` integers, not falling: where every token stands, for choices that pool by
+            words.
 
     Returns:
         `[keep]` int64 indices, ascending. Ties: pooled score, then raw score, then the earlier
@@ -97,7 +106,8 @@ def choose_tokens(scores: Tensor, forced: Tensor, recent: int, keep: int, choice
     recent = min(recent, scores.shape[0])
     old = scores.shape[0] - recent
     limit = torch.full((1,), old, device=scores.device)
-    pooled = pool_scores(scores.unsqueeze(0), choice.pooling, choice.pooling_kind, limit)[0]
+    at = None if places is None else places.unsqueeze(0)
+    pooled = pool_scores(scores.unsqueeze(0), choice.pooling, choice.pooling_kind, limit, at)[0]
     stay = forced | (torch.arange(scores.shape[0], device=scores.device) >= old)
     if scores.is_cpu and int(stay.sum()) > keep:  # anywhere else this would wait for the device
         raise ValueError(f"choose_tokens: {int(stay.sum())} tokens are forced, {keep} are to stay")
