@@ -7,9 +7,11 @@ not. An error is the largest one over all requests, layers and heads, not a mean
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +29,10 @@ from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
 from uncomp.kernels.paged import gather, head_lengths, sub_blocks
 from uncomp.kernels.record.launch import record
 from uncomp.kernels.select import ema_pool, max_pool, top_entries
-from uncomp.kernels.select.launch import Terms, choose, limits, pool
+from uncomp.kernels.select.launch import Terms, choose, entry_places, limits, pool
 from uncomp.kernels.window_scores import Over, window_scores
 from uncomp.kernels.window_scores.launch import window_scores_paged
+from uncomp.spans import SENTENCE, WORD, places
 
 WINDOW, SINKS, POOLING = 8, 4, 15
 #: what went wrong, how large it may be and why
@@ -156,11 +159,24 @@ def check_scores(case: Case) -> list[Finding]:
     return [("window scores: relative error", worst, 1e-3)]
 
 
+def _standing(case: Case) -> Tensor:
+    """[R, T] int32, where every position stands: random words and sentences."""
+    odd, longest = random.Random(1), int(case.rows.lengths.max())
+    rows = [
+        places(bytes(odd.choices((0, WORD, SENTENCE), (6, 12, 1), k=longest)), longest)
+        for _ in range(len(case.rows.lengths))
+    ]
+    return torch.from_numpy(np.stack(rows)).to(case.device)
+
+
 def check_select(case: Case) -> list[Finding]:
     """Numbers, pooled scores and chosen entries are the reference's, ties included."""
     terms, raw, pooled, counts, offsets, chosen = chosen_entries(case)
     eligible, forced = limits(terms)
     handed_on = pool(raw, terms, POOLING, torch.full_like(raw, NAN), "ema")
+    standing = _standing(case)
+    at = entry_places(standing, terms, torch.zeros(raw.shape, dtype=torch.int32, device=raw.device))
+    by_word = pool(raw, terms, POOLING, torch.full_like(raw, NAN), "word", at)
     different, worst = 0, 0.0
     for layer, request in _each(case):
         lengths = head_lengths(case.rows, case.holdings, case.shape.block)[layer, request]
@@ -181,6 +197,11 @@ def check_select(case: Case) -> list[Finding]:
         different += int(((got != want) & valid).sum())
         want_sum = ema_pool(scores.double(), POOLING, (valid & ~recent).sum(1))
         error = (handed_on[layer, request, :, :n] - want_sum).abs() / (want_sum + 1e-6)
+        worst = step.worse(worst, error[valid & ~recent])
+        stand = standing[request][positions.clamp(0, standing.shape[1] - 1)]
+        different += int(((at[layer, request, :, :n] != stand) & valid).sum())
+        want_sum = ema_pool(scores.double(), POOLING, (valid & ~recent).sum(1), stand)
+        error = (by_word[layer, request, :, :n] - want_sum).abs() / (want_sum + 1e-6)
         worst = step.worse(worst, error[valid & ~recent])
         keep = counts[layer, request].long() * case.shape.block
         best = top_entries(want, scores, stay, must, keep)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uncomp.config import UncompConfig
+from uncomp.engine.device_orders import Job
 from uncomp.eval.bench import gpu_compactor
 from uncomp.eval.bench.gpu_cases import Case
 from uncomp.eval.bench.gpu_timing import Timer
@@ -21,6 +22,7 @@ from uncomp.kernels.paged import Caches, Rows, gather, read, sub_blocks
 from uncomp.kernels.record.launch import record
 from uncomp.kernels.select import Pooling, pool_scores, top_entries
 from uncomp.kernels.window_scores import Over, window_scores
+from uncomp.spans import places
 
 Finding = tuple[str, float, float]
 NAN = float("nan")
@@ -143,10 +145,7 @@ def check_pipeline(case: Case) -> list[Finding]:
         slot = device.requests.slots[job.order.request_id].index
         counts = device.requests.holdings.counts[:, slot]
         for layer in range(case.shape.layers):
-            assert job.queries is not None
-            wanted, best = _reference(
-                before, config, layer, job.row, job.queries[layer], len(job.order.kept_blocks)
-            )
+            wanted, best = _reference(before, config, layer, job)
             shares += float((counts[layer] != wanted).sum())
             kept = _kept(after, layer, job.order.kept_blocks, counts[layer])
             for head, (positions, entries) in enumerate(kept):
@@ -230,12 +229,12 @@ def _no_waiting(errors: bool) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _reference(
-    case: Case, config: UncompConfig, layer: int, row: int, queries: Tensor, blocks: int
-) -> tuple[Tensor, Tensor]:
+def _reference(case: Case, config: UncompConfig, layer: int, job: Job) -> tuple[Tensor, Tensor]:
     """Sub-blocks `[H]` and entries `[H, K]` that a request not compressed before keeps."""
     from uncomp.engine.settings import make_policy
 
+    assert job.queries is not None
+    row, queries, blocks = job.row, job.queries[layer], len(job.order.kept_blocks)
     shape, tokens = case.shape, int(case.rows.lengths[row])
     keys, _, lengths = gather(case.caches, case.rows, case.holdings, row, layer)
     entry = torch.arange(tokens, device=case.device)
@@ -249,7 +248,8 @@ def _reference(
     recent = positions >= tokens - config.window
     forced = stay & (recent | (positions < config.sinks))
     kind = cast(Pooling, config.pooling_kind)
-    pooled = pool_scores(scores, config.pooling, kind, (~recent).sum(1))
+    at = torch.from_numpy(places(job.order.gaps, tokens)).to(case.device).expand_as(scores)
+    pooled = pool_scores(scores, config.pooling, kind, (~recent).sum(1), at)
     stride = max(1, math.ceil(tokens / config.online_tokens))
     eigenvalues = spectrum(gram(keys, lengths, stride).covariance().cpu())
     entropy = truncated_entropy(eigenvalues, config.truncation, "renormalized").to(case.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
 from uncomp.config import UncompConfig
@@ -14,6 +16,7 @@ from uncomp.eval.bench.gpu_cases import Case
 from uncomp.importance import Pyramid
 from uncomp.plan import Target
 from uncomp.request import RequestSettings
+from uncomp.spans import SENTENCE, WORD
 
 
 def compactor(case: Case, config: UncompConfig, arena_bytes: int) -> DeviceCompactor:
@@ -38,7 +41,7 @@ def compactor(case: Case, config: UncompConfig, arena_bytes: int) -> DeviceCompa
 
 
 def jobs(case: Case, config: UncompConfig, requests: list[int]) -> list[Job]:
-    """First compactions of rows of a case at their length, with random queries."""
+    """First compactions of rows of a case at their length; random queries, words and sentences."""
     shape = case.shape
     settings = RequestSettings(True, config.keep, config.budget)
     target = Target.of(settings, config, shape.block)
@@ -49,7 +52,10 @@ def jobs(case: Case, config: UncompConfig, requests: list[int]) -> list[Job]:
         blocks = tuple(case.rows.blocks[request, full - keep : full].tolist())
         queries = case.queries(shape.layers * config.window, seed=request)
         queries = queries.view(shape.layers, config.window, -1, shape.size)
-        made.append(Job(Order(name(request), tokens, full, blocks, 1), request, queries))
+        odd = random.Random(request)
+        gaps = bytes(odd.choices((0, WORD, SENTENCE), (6, 12, 1), k=tokens))
+        order = Order(name(request), tokens, full, blocks, 1, gaps=gaps)
+        made.append(Job(order, request, queries))
     return made
 
 

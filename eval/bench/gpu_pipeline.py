@@ -22,9 +22,10 @@ from uncomp.kernels.entropy import spectrum, truncated_entropy
 from uncomp.kernels.entropy.launch import Scratch, renyi2_entropy, spectral_entropy
 from uncomp.kernels.gram.launch import GramBuffers, covariance, gram_paged
 from uncomp.kernels.select import Pooling
-from uncomp.kernels.select.launch import Terms, choose, limits, pool
+from uncomp.kernels.select.launch import Terms, choose, entry_places, limits, pool
 from uncomp.kernels.window_scores import Over
 from uncomp.kernels.window_scores.launch import window_scores_paged, workspace_size
+from uncomp.spans import places
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Stages:
         self.entropies = torch.empty(layers * heads, device=device)
         self.raw = torch.empty(layers, 1, heads, tokens, device=device)
         self.pooled = torch.empty_like(self.raw)
+        self.places = torch.empty(self.raw.shape, dtype=torch.int32, device=device)
+        self.standing = torch.from_numpy(places(order.gaps, tokens)).to(device).unsqueeze(0)
         needed = workspace_size(layers, 1, heads * shape.group, config.window, tokens)
         self.workspace = torch.empty(needed, device=device)
         self.eligible = torch.empty(layers, 1, heads, dtype=torch.int32, device=device)
@@ -188,7 +191,8 @@ class Stages:
 
     def pool(self) -> None:
         kind = cast(Pooling, self.config.pooling_kind)
-        pool(self.raw, self.terms, self.config.pooling, self.pooled, kind)
+        at = entry_places(self.standing, self.terms, self.places) if kind == "word" else None
+        pool(self.raw, self.terms, self.config.pooling, self.pooled, kind, at)
 
     def share(self) -> None:
         case, size = self.case, self.case.shape.block

@@ -189,7 +189,9 @@ class Arms:
         if uncomp is None:
             env["VLLM_PLUGINS"] = ""
         else:
-            engine["additional_config"] = {"uncomp": {**sizes.uncomp, **uncomp}}
+            # No tokenizer, no words.
+            by_tokens = {"pooling_kind": "ema", "pooling": 16}
+            engine["additional_config"] = {"uncomp": {**by_tokens, **sizes.uncomp, **uncomp}}
         return {"model": self.model, "engine": engine, "env": env, "runs": runs}
 
     def generating(

@@ -63,7 +63,7 @@ class Space:
     """
 
     policies: tuple[str, ...] = ("adakv", "uniform", "entropy")
-    poolings: tuple[int, ...] = (16, 8, 32)
+    poolings: tuple[int, ...] = (4, 2, 8)
     windows: tuple[int, ...] = (32, 8)
     keeps: tuple[float, ...] = ()
 

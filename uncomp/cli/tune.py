@@ -72,7 +72,7 @@ def _add_search(group: Any) -> None:
     )
     group.add_argument("--confidence", type=float, default=0.95, help="of each verdict")
     group.add_argument("--policies", default="adakv,uniform,entropy", help="names")
-    group.add_argument("--poolings", default="16,8,32", help="how far scores reach, tokens")
+    group.add_argument("--poolings", default="4,2,8", help="how far scores reach, words")
     group.add_argument("--windows", default="32,8", help="last queries; the engine gets the widest")
     group.add_argument(
         "--keep",
