@@ -12,6 +12,7 @@ from uncomp.eval.ablation.replay import Reading, Replay
 from uncomp.eval.ablation.shared import (
     Named,
     both,
+    by_words,
     entropy,
     once,
     ranked,
@@ -204,41 +205,48 @@ def mixes(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iter
 
 def alone(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
     """The engine's default and nothing else: for many samples, see `per_prompt`."""
-    scores = both(windows(reading, replay)[32, "max", "sum"], 8, 16)
-    yield "uncomp", choose.by_score(scores, budget, always)
+    scores = by_words(windows(reading, replay)[32, "max", "sum"], reading, replay)
+    yield "uncomp", choose.uniform(scores, budget, always)
 
 
 def final(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
     """The engine's default, its parts taken away one by one, controls and baselines."""
     w = windows(reading, replay)
-    scores = both(w[32, "max", "sum"], 8, 16)
+    scores = by_words(w[32, "max", "sum"], reading, replay)
     snapkv = choose.spread(w[8, "sum", "sum"], 7, 7)
 
     def even(of: Tensor) -> Tensor:
         return choose.uniform(of, budget, always)
 
-    yield "uncomp", choose.by_score(scores, budget, always)
-    yield "uniform", even(scores)
-    yield "window 8", choose.by_score(both(w[8, "max", "sum"], 8, 16), budget, always)
-    yield "sum over window", choose.by_score(both(w[32, "sum", "sum"], 8, 16), budget, always)
-    yield "max-pool 15", choose.by_score(choose.spread(w[32, "max", "sum"], 7, 7), budget, always)
-    yield "no pooling", choose.by_score(w[32, "max", "sum"], budget, always)
+    yield "uncomp", even(scores)
+    yield "by score", choose.by_score(scores, budget, always)
+    yield "window 8", even(by_words(w[8, "max", "sum"], reading, replay))
+    yield "window 16", even(by_words(w[16, "max", "sum"], reading, replay))
+    yield "window 64", even(by_words(w[64, "max", "sum"], reading, replay))
+    yield "sum over window", even(by_words(w[32, "sum", "sum"], reading, replay))
+    yield "largest of the group", even(by_words(w[32, "max", "max"], reading, replay))
+    yield "by tokens", even(both(w[32, "max", "sum"], 8, 16))
+    yield "max-pool 15", even(choose.spread(w[32, "max", "sum"], 7, 7))
+    yield "no pooling", even(w[32, "max", "sum"])
+    for measure in ("renormalized", "raw", "full"):
+        h = entropy(reading, measure)
+        yield f"entropy, {measure}", choose.by_weight(scores, budget, always, ranked(h, 2))
+        reverse = ranked(h, 2, True)
+        yield f"entropy, {measure}, reversed", choose.by_weight(scores, budget, always, reverse)
     h = entropy(reading, "renormalized")
-    yield "entropy", choose.by_weight(scores, budget, always, ranked(h, 2))
-    yield "entropy-reversed", choose.by_weight(scores, budget, always, ranked(h, 2, True))
     chance = torch.rand(scores.shape[:2], generator=torch.Generator().manual_seed(1))
     yield "random heads", choose.by_weight(scores, budget, always, ranked(chance, 2))
     prior = ranked(h, 1.5)[:, :, None].float()
     yield "entropy as prior", choose.by_score(scores * prior, budget, always)
     norm = value_norm(reading)
-    valued = both(w[32, "max", "sum"] * norm, 8, 16)
-    yield "value norms", choose.by_score(valued, budget, always)
-    yield "value norms, equal shares", even(valued)
+    valued = by_words(w[32, "max", "sum"] * norm, reading, replay)
+    yield "value norms", even(valued)
+    yield "value norms, by score", choose.by_score(valued, budget, always)
     yield "unequal layers", choose.over_layers(scores, budget, always, 0.5)
     yield "snapkv", even(snapkv)
     yield "adakv", choose.by_score(snapkv, budget, always)
     yield "snapkv-paper", even(choose.spread(w[32, "sum", "sum"], 3, 3))
-    plain = both(unrotated(reading, replay), 8, 16)
+    plain = by_words(unrotated(reading, replay), reading, replay)
     yield "key-difference-prerope", even(plain)
     yield "key-difference", even(features.key_difference(reading))
     recent = torch.arange(scores.shape[-1]).float()

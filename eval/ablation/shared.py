@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from uncomp.config import UncompConfig
 from uncomp.eval.ablation import choose, features
 from uncomp.eval.ablation.replay import Reading, Replay
 from uncomp.kernels.entropy import Measure, spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
+from uncomp.kernels.select import ema_pool
+from uncomp.spans import Vocabulary, places
 
 SINKS = 4
 RECENT = 8
@@ -56,6 +60,14 @@ def unrotated(reading: Reading, replay: Replay) -> Tensor:
     )
 
 
+def by_words(scores: Tensor, reading: Reading, replay: Replay) -> Tensor:
+    """Scores as the engine hands them on by default."""
+    at = once("places", lambda: _places(replay.tokenizer, reading.ids))
+    length = UncompConfig(keep=1.0).pooling
+    flat = scores.flatten(0, 1)
+    return ema_pool(flat, length, None, at.expand_as(flat)).view_as(scores)
+
+
 def both(scores: Tensor, before: float, after: float, kind: str = "sum") -> Tensor:
     """Scores that reach to both sides, see `choose.trail`; `before` 0: only to one."""
     ahead = choose.trail(scores, after, kind)
@@ -76,6 +88,17 @@ def entropy(reading: Reading, measure: str) -> Tensor:
         return truncated_entropy(values, None, cast(Measure, measure)).view(layers, heads)
 
     return cast(Tensor, once(("entropy", measure), measured))
+
+
+@functools.cache
+def vocabulary(tokenizer: Any) -> Vocabulary:
+    """What the tokens say."""
+    return Vocabulary.of(tokenizer)
+
+
+def _places(tokenizer: Any, ids: tuple[int, ...]) -> Tensor:
+    gaps = vocabulary(tokenizer).gaps(ids).tobytes()
+    return torch.from_numpy(places(gaps, len(ids)))
 
 
 def ranked(values: Tensor, ratio: float, reverse: bool = False) -> Tensor:

@@ -7,7 +7,6 @@ little about the next one.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +17,16 @@ from torch import Tensor
 
 from uncomp.eval.ablation import choose
 from uncomp.eval.ablation.replay import Reading, Replay
-from uncomp.eval.ablation.shared import Named, both, entropy, once, ranked, value_norm, windows
-from uncomp.spans import SENTENCE, Vocabulary
+from uncomp.eval.ablation.shared import (
+    Named,
+    both,
+    by_words,
+    once,
+    vocabulary,
+    windows,
+)
+from uncomp.kernels.select import UNIT
+from uncomp.spans import SENTENCE
 
 
 def words(texts: list[str]) -> Tensor:
@@ -33,56 +40,36 @@ def lines(texts: list[str]) -> Tensor:
 
 
 def spans(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
-    """The default beside scores that know words and sentences; shares of heads; norms of values."""
+    """The default beside other ways to hand scores on, each with equal shares and by score."""
     raw = windows(reading, replay)[32, "max", "sum"]
     texts = once("texts", lambda: _texts(replay.tokenizer, reading.ids))
     one = torch.ones(reading.tokens)
     word, line, sentence = words(texts), lines(texts), begun(replay, reading)
-    scores = both(raw, 8, 16)
+    apart = torch.where(word, 1.0, 1 / UNIT)
 
-    def even(of: Tensor) -> Tensor:
-        return choose.uniform(of, budget, always)
+    def dealt(name: str, scores: Tensor) -> Iterator[Named]:
+        yield name, choose.uniform(scores, budget, always)
+        yield f"{name}, by score", choose.by_score(scores, budget, always)
 
-    yield "uncomp", even(scores)
-    yield "by-score", choose.by_score(scores, budget, always)
-    yield "inside lines", even(spaced(raw, cut(one, line), 8, 16))
+    yield from dealt("uncomp", by_words(raw, reading, replay))
+    yield from dealt("tokens 8+16", both(raw, 8, 16))
+    yield from dealt("tokens 8+16 inside lines", spaced(raw, cut(one, line), 8, 16))
     for before, after in ((4, 8), (8, 16), (8, 32), (16, 32), (64, 64)):
         inside = spaced(raw, cut(one, sentence), before, after)
-        name = f"inside sentences {before}+{after}"
-        yield name, even(inside)
-        yield f"{name}, by score", choose.by_score(inside, budget, always)
-    for gap in (8.0, 16.0):
-        apart = one + gap * sentence
-        yield f"sentences {gap:.0f} apart", even(spaced(raw, apart, 8, 16))
+        yield from dealt(f"tokens {before}+{after} inside sentences", inside)
+    yield from dealt("tokens 8+16, sentences 16 apart", spaced(raw, one + 16.0 * sentence, 8, 16))
     for before, after in ((1, 2), (2, 4), (4, 8)):
-        by_word = spaced(raw, word.float(), before, after)
-        yield f"words {before}+{after}", even(by_word)
-        yield f"words {before}+{after}, by score", choose.by_score(by_word, budget, always)
-        by_word = spaced(raw, cut(word.float(), sentence), before, after)
-        name = f"words {before}+{after} inside sentences"
-        yield name, even(by_word)
-        yield f"{name}, by score", choose.by_score(by_word, budget, always)
-    valued = raw * value_norm(reading)
-    yield "value norms", even(both(valued, 8, 16))
-    inside = spaced(valued, cut(one, sentence), 8, 16)
-    yield "value norms inside sentences", even(inside)
-    yield "value norms inside sentences, by score", choose.by_score(inside, budget, always)
-    wide = windows(reading, replay)[64, "max", "sum"]
-    yield "window 64 inside sentences", even(spaced(wide, cut(one, sentence), 8, 16))
-    inside = spaced(raw, cut(one, sentence), 8, 16)
-    for measure in ("renormalized", "raw", "full"):
-        h = entropy(reading, measure)
-        yield f"entropy {measure}", choose.by_weight(inside, budget, always, ranked(h, 2))
-        reverse = ranked(h, 2, True)
-        yield f"entropy {measure}, reversed", choose.by_weight(inside, budget, always, reverse)
-    chance = torch.rand(raw.shape[:2], generator=torch.Generator().manual_seed(1))
-    yield "random heads", choose.by_weight(inside, budget, always, ranked(chance, 2))
-    yield "snapkv", even(choose.spread(windows(reading, replay)[8, "sum", "sum"], 7, 7))
+        yield from dealt(f"words {before}+{after}", spaced(raw, apart, before, after))
+        inside = spaced(raw, cut(apart, sentence), before, after)
+        yield from dealt(f"words {before}+{after} inside sentences", inside)
+        equal = spaced(raw, cut(word.float(), sentence), before, after)
+        yield from dealt(f"words {before}+{after} inside sentences, all tokens alike", equal)
+    yield from dealt("snapkv", choose.spread(windows(reading, replay)[8, "sum", "sum"], 7, 7))
 
 
 def begun(replay: Replay, reading: Reading) -> Tensor:
     """`[N]` bool: whether a token is the first of a line or of a sentence, as in the engine."""
-    gaps = once("gaps", lambda: _vocabulary(replay.tokenizer).gaps(reading.ids))
+    gaps = once("gaps", lambda: vocabulary(replay.tokenizer).gaps(reading.ids))
     return torch.from_numpy(gaps) == SENTENCE
 
 
@@ -111,11 +98,6 @@ def _running(raw: Tensor, factors: Tensor) -> Tensor:
         out = out + factors * F.pad(out, (step, 0))[..., : raw.shape[-1]]
         factors = factors * F.pad(factors, (step, 0))[..., : raw.shape[-1]]
     return out
-
-
-@functools.cache
-def _vocabulary(tokenizer: Any) -> Vocabulary:
-    return Vocabulary.of(tokenizer)
 
 
 def _texts(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:

@@ -26,7 +26,7 @@ RANKS: dict[str, dict[str, Any]] = {
     },
 }
 SETTINGS = {"policy": "entropy", "keep": 0.25, "min_tokens": 64, "recompact_every": 32}
-SETTINGS |= {"groups": 4, "ratio": 4, "window": 8}
+SETTINGS |= {"groups": 4, "ratio": 4, "window": 8, "pooling_kind": "ema"}  # no tokenizer
 #: tensor ranks add their heads' scores up before they choose; pipeline stages cannot prune
 PRUNING = {"prefill_keep": 1.0, "prefill_stages": "1", "prefill_floor": 96}
 

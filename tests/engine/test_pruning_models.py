@@ -17,6 +17,7 @@ SETTINGS: dict[str, Any] = {
     "prefill_stages": "1,3",
     "prefill_floor": 96,
     "window": 16,
+    "pooling_kind": "ema",  # no tokenizer
 }
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",

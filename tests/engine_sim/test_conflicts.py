@@ -100,6 +100,17 @@ def test_gpu_takes_fp8_but_not_batch_invariance(monkeypatch: pytest.MonkeyPatch)
         check_config(config)
 
 
+def test_words_need_a_tokenizer() -> None:
+    config = configuration()
+    config.model_config.skip_tokenizer_init = True
+    for kind in ("ema", "word"):
+        config.additional_config = {"uncomp": {"keep": 0.5, "pooling_kind": kind}}
+        if kind == "ema":
+            check_config(config)
+    with pytest.raises(ConflictError, match="set --kv-pooling-kind ema"):
+        check_config(config)
+
+
 def test_layers_that_share_are_pruned_on_cpus_only() -> None:
     sharing = {"keep": 0.5, "shares": "pyramid"}
     pruning = {"prefill_keep": 0.5, "prefill_stages": "2,5"}
