@@ -90,7 +90,9 @@ def needs_words(config: UncompConfig) -> bool:
     """Whether it has to be known where the words and sentences of a request begin."""
     from uncomp import policies
 
-    return config.pooling_kind == "word" and policies.get(config.policy_name).pool_scores
+    policy = policies.get(config.policy_name)
+    by_words = policy.pool_scores and not all(part.like_everywhere for part in policy.parts())
+    return config.pooling_kind == "word" and by_words
 
 
 def _check_queries(config: UncompConfig, server: UncompConfig) -> None:

@@ -11,7 +11,7 @@ from uncomp import importance
 from uncomp.eval.ablation import choose
 from uncomp.eval.ablation.agnostic import repeated
 from uncomp.eval.ablation.replay import Reading, Replay
-from uncomp.eval.ablation.shared import Named, by_words, once, unrotated, windows
+from uncomp.eval.ablation.shared import Named, both, by_words, once, unrotated, windows
 from uncomp.policies.hybrid import Hybrid
 
 
@@ -25,7 +25,7 @@ def again(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iter
         raise ValueError("set 'again' needs --calibration FILE (uncomp calibrate)")
     measured = replay.importance
     attention = by_words(windows(reading, replay)[32, "max", "sum"], reading, replay)
-    difference = by_words(unrotated(reading, replay), reading, replay)
+    difference = both(unrotated(reading, replay), 8, 16)
     scores = {
         "attention": attention,
         "keys": difference,

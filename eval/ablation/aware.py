@@ -246,7 +246,7 @@ def final(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iter
     yield "snapkv", even(snapkv)
     yield "adakv", choose.by_score(snapkv, budget, always)
     yield "snapkv-paper", even(choose.spread(w[32, "sum", "sum"], 3, 3))
-    plain = by_words(unrotated(reading, replay), reading, replay)
+    plain = both(unrotated(reading, replay), 8, 16)
     yield "key-difference-prerope", even(plain)
     yield "key-difference", even(features.key_difference(reading))
     recent = torch.arange(scores.shape[-1]).float()

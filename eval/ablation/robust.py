@@ -9,13 +9,13 @@ from torch import Tensor
 
 from uncomp.eval.ablation import choose
 from uncomp.eval.ablation.replay import Reading, Replay
-from uncomp.eval.ablation.shared import Named, by_words, unrotated, windows
+from uncomp.eval.ablation.shared import Named, both, by_words, unrotated, windows
 
 
 def robust(reading: Reading, replay: Replay, budget: int, always: Tensor) -> Iterator[Named]:
     """Attention of the last queries and keys before RoPE, in one choice."""
     attention = by_words(windows(reading, replay)[32, "max", "sum"], reading, replay)
-    difference = by_words(unrotated(reading, replay), reading, replay)
+    difference = both(unrotated(reading, replay), 8, 16)
 
     yield "uncomp", choose.by_score(attention, budget, always)
     yield "uniform", choose.uniform(attention, budget, always)

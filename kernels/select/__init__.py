@@ -3,6 +3,7 @@
 from .naive import (
     BREAK,
     POOLINGS,
+    TOKENS_A_WORD,
     UNIT,
     Pooling,
     ema_pool,
@@ -15,6 +16,7 @@ from .naive import (
 __all__ = [
     "BREAK",
     "POOLINGS",
+    "TOKENS_A_WORD",
     "UNIT",
     "Pooling",
     "ema_pool",

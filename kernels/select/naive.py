@@ -17,8 +17,8 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 UNIT = 16
 #: entries that stand so many places apart hand nothing on to each other, see `ema_pool`
 BREAK = 1 << 14
-#: tokens that a word has at most, on average, for the entries that a score reaches
-_LONG_WORD = 4
+#: entries that a score reaches for every word that it is to reach
+TOKENS_A_WORD = 4
 
 
 def pool_scores(
@@ -127,7 +127,7 @@ def before_length(length: int) -> float:
 
 def reach(length: float, by_place: bool = False) -> int:
     """Entries that a score reaches to one side, its own included: a power of two."""
-    entries = 4 * length * (_LONG_WORD if by_place else 1)
+    entries = 4 * length * (TOKENS_A_WORD if by_place else 1)
     return 1 << math.ceil(math.log2(entries))
 
 

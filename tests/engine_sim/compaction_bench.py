@@ -20,7 +20,7 @@ from uncomp.importance import Importance, deal
 from uncomp.kernels.entropy import spectrum, truncated_entropy
 from uncomp.kernels.gram import gram
 from uncomp.kernels.select import BREAK, UNIT
-from uncomp.policies import LayerView
+from uncomp.policies import LayerView, Policy
 from uncomp.spans import SENTENCE
 
 BLOCKS, LAYERS, HEADS, GROUP, SIZE, DIM = 40, 2, 3, 2, 4, 6
@@ -183,11 +183,11 @@ class Bench:
                 spans = any(a <= position < b for a, b in order.protect)
                 if inside and (position < self.config.sinks or position >= recent or spans):
                     forced[h].add(e)
-                for pooled, own in zip(parts, scores, strict=True):
+                for pooled, own, part in zip(parts, scores, self.policy.parts(), strict=True):
                     if not self.policy.pool_scores:
                         pooled[h, e] = own[h][e]
                     elif e in poolable:
-                        pooled[h, e] = self.pooled(own[h], e, poolable, stand)
+                        pooled[h, e] = self.pooled(part, own[h], e, poolable, stand)
         pooled = parts[0] if len(parts) == 1 else self.in_turns(*parts, eligible)
         least = torch.tensor([-(-len(f) // SIZE) for f in forced])
         most = eligible.sum(1).long() // SIZE
@@ -239,8 +239,12 @@ class Bench:
                     result[h, e] = max(result[h, e].item(), -rank / part)
         return result
 
-    def pooled(self, raw: list[float], entry: int, poolable: list[int], stand: list[int]) -> float:
+    def pooled(
+        self, part: Policy, raw: list[float], entry: int, poolable: list[int], stand: list[int]
+    ) -> float:
         length, kind = self.config.pooling, self.config.pooling_kind
+        if kind == "word" and part.name == "prerope_key_difference":
+            length, kind = 4 * length, "ema"
         if kind == "max":
             near = range(entry - length // 2, entry + length // 2 + 1)
             return max(raw[other] for other in near if other in poolable)

@@ -324,10 +324,11 @@ class Compactor:
             if self.policy.pool_scores:
                 limits = (bounds.valid & ~bounds.recent).sum(2).flatten()
                 kind = cast(Pooling, self.config.pooling_kind)
-                length, at = self.config.pooling, bounds.places.flatten(0, 1)
+                given, at = (kind, self.config.pooling), bounds.places.flatten(0, 1)
+                how = [part.pooling(*given) for part in self.policy.parts()]
                 parts = [
-                    pool_scores(one.flatten(0, 1), length, kind, limits, at).view_as(one)
-                    for one in parts
+                    pool_scores(one.flatten(0, 1), length, own, limits, at).view_as(one)
+                    for one, (own, length) in zip(parts, how, strict=True)
                 ]
             pooled = self.policy.combine(parts, bounds.eligible)
             if counts is None:

@@ -241,8 +241,9 @@ class DeviceCompactor:
                 if kind == "word":
                     at = entry_places(facts.places, terms, self.arena.take(raw.shape, torch.int32))
                 outs = [self.arena.take(raw.shape) for _ in scores]
-                for one, out in zip(scores, outs, strict=True):
-                    pool(one, terms, config.pooling, out, kind, at)
+                for one, part, out in zip(scores, parts, outs, strict=True):
+                    own, length = part.pooling(kind, config.pooling)
+                    pool(one, terms, length, out, own, at)
                 scores = outs
             mask = None
             by_score = self.policy.deals_by_score and given is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uncomp import budget
+from uncomp.kernels.select import TOKENS_A_WORD, Pooling
 from uncomp.rotary import Rotary
 
 
@@ -57,7 +58,10 @@ class Policy(ABC):
         needs_entropy: `deal` reads the entropies.
         needs_rotary: `score` reads how keys were rotated.
         deals_by_score: `deal` reads the scores.
-        pool_scores: scores are max-pooled over neighbouring entries before the choice.
+        pool_scores: scores are pooled over neighbouring entries before the choice.
+        like_everywhere: scores are of a like size everywhere, so that what is summed up around an
+            entry must have as many terms as around any other: they are pooled by tokens where
+            others are by words, inside sentences of any length.
     """
 
     name: ClassVar[str]
@@ -66,6 +70,7 @@ class Policy(ABC):
     needs_rotary: ClassVar[bool] = False
     deals_by_score: ClassVar[bool] = False
     pool_scores: ClassVar[bool] = False
+    like_everywhere: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
@@ -79,6 +84,12 @@ class Policy(ABC):
     def parts(self) -> tuple["Policy", ...]:
         """Policies whose scores are pooled each for itself and then combined; this one alone."""
         return (self,)
+
+    def pooling(self, kind: Pooling, length: int) -> tuple[Pooling, int]:
+        """How these scores are pooled where the settings say `kind` and `length`."""
+        if kind == "word" and self.like_everywhere:
+            return "ema", TOKENS_A_WORD * length
+        return kind, length
 
     def combine(self, pooled: Sequence[Tensor], eligible: Tensor) -> Tensor:
         """One score of the pooled scores of the parts; tensor operations only.

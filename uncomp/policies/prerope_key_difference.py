@@ -23,6 +23,7 @@ class PreropeKeyDifference(Policy):
 
     name: ClassVar[str] = "prerope_key_difference"
     pool_scores: ClassVar[bool] = True
+    like_everywhere: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
