@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from uncomp.config import UncompConfig
 from uncomp.engine.orders import Order, StepPlan
 from uncomp.engine.seat import Seat
 from uncomp.policies import LayerView, Policy
+from uncomp.spans import SENTENCE
 
 NO_BLOCK = 10**6  # beyond the pool: reading it is an IndexError
 
@@ -352,3 +354,9 @@ class FakeRunner:
 def _stack(tables: list[Tensor]) -> Tensor:
     width = max(t.shape[-1] for t in tables)
     return torch.stack([torch.nn.functional.pad(t, (0, width - t.shape[-1])) for t in tables])
+
+
+def token_gaps(ids: Sequence[int]) -> np.ndarray:
+    """Every token that is a multiple of 7 begins a sentence, other even ones a word."""
+    tokens = np.asarray(ids)
+    return np.where(tokens % 7 == 0, SENTENCE, tokens % 2 == 0).astype(np.uint8)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import pickle
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from fake_runner import FakeRunner, RandomPolicy, Shape
+from fake_runner import FakeRunner, RandomPolicy, Shape, token_gaps
 from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -38,7 +37,6 @@ from uncomp.engine.seat import QueryRing, Seat
 from uncomp.engine.settings import make_policy
 from uncomp.engine.state import CompressedRequests
 from uncomp.engine.worker import CompactingCPUWorker
-from uncomp.spans import SENTENCE
 
 Hook = Callable[[str], None]
 
@@ -300,12 +298,6 @@ class Simulation:
         for request_id in [i for i, r in self.requests.items() if r.is_finished()]:
             del self.requests[request_id]
             self.finished.add(request_id)
-
-
-def token_gaps(ids: Sequence[int]) -> np.ndarray:
-    """Every token that is a multiple of 7 begins a sentence, other even ones a word."""
-    tokens = np.asarray(ids)
-    return np.where(tokens % 7 == 0, SENTENCE, tokens % 2 == 0).astype(np.uint8)
 
 
 def _vllm_config(setup: Setup) -> Any:

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from fake_runner import Shape
-from simulate import Setup, Simulation, token_gaps
+from fake_runner import Shape, token_gaps
+from simulate import Setup, Simulation
 
 from uncomp.engine.orders import ATTRIBUTE, PruningReceipt, Receipt, StepPlan
 from uncomp.kernels.select import BREAK, UNIT
