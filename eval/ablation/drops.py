@@ -92,7 +92,7 @@ def variants(
 def _rows(
     reader: PrunedReader, renderer: Renderer, sample: Sample, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """None where the whole prompt gets nothing: there is nothing to lose."""
+    """A row a schedule; none where the whole prompt gets nothing: there is nothing to lose."""
     prompt, turn = renderer.prompt(sample, 0), sample.turns[0]
     ids, whole = prompt.ids, Schedule((), reader.layers)
     logits = reader.read(ids, whole, 1.0, CHOICES["handed-on"])

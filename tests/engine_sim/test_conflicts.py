@@ -107,7 +107,7 @@ def test_words_need_a_tokenizer() -> None:
         config.additional_config = {"uncomp": {"keep": 0.5, "pooling_kind": kind}}
         if kind == "ema":
             check_config(config)
-    with pytest.raises(ConflictError, match="set --kv-pooling-kind ema"):
+    with pytest.raises(ConflictError, match="set --kv-pooling-kind ema --kv-pooling 16"):
         check_config(config)
 
 

@@ -161,7 +161,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "pooling_kind='word' without a tokenizer",
         "what tokens say shows where words and sentences begin",
-        "drop --skip-tokenizer-init or set --kv-pooling-kind ema",
+        "drop --skip-tokenizer-init or set --kv-pooling-kind ema --kv-pooling 16",
         lambda c: bool(c.model_config.skip_tokenizer_init) and _needs_words(c),
     ),
 )

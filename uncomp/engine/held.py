@@ -60,9 +60,11 @@ class Bounds:
         forced = eligible & ((positions < config.sinks) | recent)
         for start, end in order.protect:
             forced |= eligible & (positions >= start) & (positions < end)
-        last = order.num_tokens - 1
-        at = torch.from_numpy(places(order.gaps, order.num_tokens))
-        return cls(valid, eligible, forced, recent, at[positions.clamp(0, last)])
+        stand = torch.zeros(1, dtype=torch.int32).expand(positions.shape)
+        if order.gaps:  # told where scores are handed on by words
+            at = torch.from_numpy(places(order.gaps, order.num_tokens))
+            stand = at[positions.clamp(0, order.num_tokens - 1)]
+        return cls(valid, eligible, forced, recent, stand)
 
     def part(self, layers: slice) -> Bounds:
         return Bounds(

@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm.uncomp")
 
 NO_TOKENIZER = (
     "pooling_kind='word' needs to know what tokens say, and this engine runs without a "
-    "tokenizer (skip_tokenizer_init): set pooling_kind to 'ema'"
+    "tokenizer (skip_tokenizer_init): set pooling_kind to 'ema' and pooling to tokens, e.g. 16"
 )
 
 
