@@ -263,7 +263,9 @@ def test_moving_average_hands_a_score_on_twice_as_far_as_back() -> None:
     assert raw.sum() == 1.0
 
 
-@pytest.mark.parametrize(("length", "after", "before"), [(1, 16, 16), (2, 32, 16), (5, 128, 64)])
+@pytest.mark.parametrize(
+    ("length", "after", "before"), [(1, 16, 16), (2, 32, 16), (5, 128, 64), (1000, 16384, 8192)]
+)
 @pytest.mark.parametrize("entries", [1, 7, 300])
 def test_by_places_distances_are_those_of_the_places(
     length: int, after: int, before: int, entries: int
